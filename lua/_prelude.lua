@@ -1,0 +1,170 @@
+-- What every script about one event shares. Joined in front of each of them when the service is compiled.
+--
+-- KEYS[1..6] are the same in every script of an event; ARGV[1] is always the event's channel:
+--
+--   KEYS[1] counts     hash  <category> -> "stock total open active settling version"; and of the event:
+--                            categories, counter, number, stored_ms, warned_ms, #expired, #confirmed, #released, #users
+--   KEYS[2] deadlines  zset  active locks by deadline_ms; member "<lock>|<category>|<quantity>|<user>"
+--   KEYS[3] ended      zset  expired locks by deadline_ms, same members: tombstones
+--   KEYS[4] settling   zset  confirmed locks whose order is not reported, by settle deadline_ms, same members
+--   KEYS[5] sold       zset  what the next snapshots show, by mark; the same members, or "o:<order>|<category>|<quantity>|<user>"
+--   KEYS[6] holders    hash  <user>:<category> -> "lock quantity created_ms full_ms generation hold"
+--                            <user>~<category> -> "lock:quantity:order ..." confirmed, order not reported
+--                            <user>            -> "locks held": active locks; tickets held and confirmed
+
+local clock = redis.call('TIME')
+local now_us = clock[1] * 1000000 + clock[2]
+local now = math.floor(now_us / 1000)
+
+-- An event's keys live this long after their last write: longer than any lock (24 h at most) and its answers.
+local KEEP_MS = 90000000
+-- How long an expired or released lock answers for itself.
+local TOMBSTONE_MS = 600000
+-- How long a confirmed lock and a reported order answer for themselves.
+local CONFIRMED_MS = 86400000
+-- The most that one call ends, warns about or settles: about 10 ms of Redis. The rest is for the next call.
+local BATCH = 1000
+
+-- Numbers above 10^14 lose digits in Lua's own conversion to text.
+local function int(number)
+  return string.format('%.0f', number)
+end
+
+local function keep(...)
+  for _, key in ipairs({...}) do
+    redis.call('PEXPIRE', key, KEEP_MS)
+  end
+end
+
+local function member_of(lock, category, quantity, user)
+  return lock .. '|' .. category .. '|' .. quantity .. '|' .. user
+end
+
+-- The counts of a category, nil when the event has none of that id.
+local function load(category)
+  local text = redis.call('HGET', KEYS[1], category)
+  if not text then return nil end
+  local stock, total, open, active, settling, version = string.match(text, '^(%d+) (%d+) ([01]) (%d+) (%d+) (%d+)$')
+  return {
+    category = category, stock = tonumber(stock), total = tonumber(total), open = open,
+    active = tonumber(active), settling = tonumber(settling), version = tonumber(version),
+  }
+end
+
+-- Stores a category's changed counts under its next version and announces both: one step.
+-- `changes` is "" or " kind:quantity:user ...".
+local function save(row, changes)
+  row.version = row.version == 0 and now_us or row.version + 1
+  local text = table.concat({
+    int(row.stock), int(row.total), row.open, int(row.active), int(row.settling), int(row.version),
+  }, ' ')
+  redis.call('HSET', KEYS[1], row.category, text)
+  redis.call('PUBLISH', ARGV[1], row.category .. ' ' .. text .. ' ' .. int(now) .. changes)
+end
+
+-- What could be locked now: the law of conservation.
+local function available(row)
+  if row.open == '0' then return 0 end
+  return math.max(0, row.stock - row.active - row.settling)
+end
+
+local function tell(user, text)
+  redis.call('PUBLISH', 'seatlock:user:' .. user, text)
+end
+
+-- Adds to a user's number of active locks and of tickets held and confirmed; returns the latter as it was before.
+local function hold(user, locks, tickets)
+  local before_locks, before_tickets = string.match(redis.call('HGET', KEYS[6], user) or '0 0', '^(%d+) (%d+)$')
+  local after_locks = math.max(0, before_locks + locks)
+  local after_tickets = math.max(0, before_tickets + tickets)
+  if after_locks == 0 and after_tickets == 0 then
+    redis.call('HDEL', KEYS[6], user)
+  else
+    redis.call('HSET', KEYS[6], user, int(after_locks) .. ' ' .. int(after_tickets))
+  end
+  if tonumber(before_locks) == 0 and after_locks > 0 then redis.call('HINCRBY', KEYS[1], '#users', 1) end
+  if tonumber(before_locks) > 0 and after_locks == 0 then redis.call('HINCRBY', KEYS[1], '#users', -1) end
+  return tonumber(before_tickets)
+end
+
+-- A user's lock of a category as the holders hash has it, with its deadline; nil when there is none. `active` is false
+-- from its deadline on. Locks that a caller ended are not in the hash.
+local function held_lock(user, category)
+  local text = redis.call('HGET', KEYS[6], user .. ':' .. category)
+  if not text then return nil end
+  local lock, quantity, created, full, generation, state = string.match(text, '^(%S+) (%d+) (%d+) (%d+) (%d+) (%a+)$')
+  local member = member_of(lock, category, quantity, user)
+  local deadline = tonumber(redis.call('ZSCORE', KEYS[2], member) or 0)
+  return {
+    lock = lock, category = category, quantity = tonumber(quantity), user = user, created = created, full = tonumber(full),
+    generation = tonumber(generation), state = state, member = member, deadline = deadline, active = deadline > now,
+  }
+end
+
+local function save_held(held)
+  redis.call('HSET', KEYS[6], held.user .. ':' .. held.category, table.concat({
+    held.lock, int(held.quantity), held.created, int(held.full), int(held.generation), held.state,
+  }, ' '))
+end
+
+-- Ends at most BATCH locks whose deadline has passed; returns how many.
+local function expire_due()
+  local due = redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', int(now), 'WITHSCORES', 'LIMIT', 0, BATCH)
+  local rows, changes, count = {}, {}, #due / 2
+  for i = 1, #due, 2 do
+    local lock, category, quantity, user = string.match(due[i], '^([^|]+)|(%d+)|(%d+)|(%d+)$')
+    local holder = redis.call('HGET', KEYS[6], user .. ':' .. category) or ''
+    local reason = string.sub(holder, -9) == 'abandoned' and 'abandoned' or 'expired'
+    local row = rows[category] or load(category)
+    if row then
+      row.active = math.max(0, row.active - quantity)
+      rows[category] = row
+      changes[category] = (changes[category] or '') .. ' ' .. reason .. ':' .. quantity .. ':' .. user
+    end
+    redis.call('ZREM', KEYS[2], due[i])
+    redis.call('ZADD', KEYS[3], due[i + 1], due[i])
+    hold(user, -1, -quantity)
+    tell(user, 'expired ' .. lock .. ' ' .. category .. ' ' .. quantity)
+  end
+  for category, row in pairs(rows) do
+    save(row, changes[category])
+  end
+  if count > 0 then
+    redis.call('HINCRBY', KEYS[1], '#expired', count)
+    keep(KEYS[1], KEYS[3])
+  end
+  return count
+end
+
+-- The confirmed locks of a user and category whose order is not reported, oldest first.
+local function waiting_locks(user, category)
+  local found = {}
+  for entry in string.gmatch(redis.call('HGET', KEYS[6], user .. '~' .. category) or '', '%S+') do
+    local lock, quantity, order = string.match(entry, '^([^:]+):(%d+):(.*)$')
+    found[#found + 1] = { entry = entry, lock = lock, quantity = tonumber(quantity), order = order }
+  end
+  return found
+end
+
+-- Forgets that a confirmed lock waits for its order. True when it did.
+local function stop_waiting(user, category, lock)
+  local left, was = {}, false
+  for _, waiting in ipairs(waiting_locks(user, category)) do
+    if waiting.lock == lock then was = true else left[#left + 1] = waiting.entry end
+  end
+  if #left == 0 then
+    redis.call('HDEL', KEYS[6], user .. '~' .. category)
+  else
+    redis.call('HSET', KEYS[6], user .. '~' .. category, table.concat(left, ' '))
+  end
+  return was
+end
+
+-- Marks a confirmed lock as sold now: the first snapshot with a higher number shows it.
+local function mark(lock, category, quantity, user)
+  local member = member_of(lock, category, int(quantity), user)
+  stop_waiting(user, category, lock)
+  redis.call('ZREM', KEYS[4], member)
+  redis.call('ZADD', KEYS[5], redis.call('HGET', KEYS[1], 'counter') or '0', member)
+  keep(KEYS[5])
+end

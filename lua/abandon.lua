@@ -1,0 +1,34 @@
+-- abandon: the user's last session ended; each unpinned lock lives a grace more at most.
+--
+-- KEYS[1] counts      hash
+-- KEYS[2] deadlines   zset
+-- KEYS[3] ended       zset
+-- KEYS[4] settling    zset
+-- KEYS[5] sold        zset
+-- KEYS[6] holders     hash
+-- ARGV[1] channel     text
+-- ARGV[2] user        integer
+-- ARGV[3] generation  integer the user's presence generation of that end: a lock that has seen a later one is left alone
+-- ARGV[4] grace_ms    integer
+--
+-- RETURNS
+--   {"abandoned", moved, active}   locks whose deadline was moved; locks that are active
+--
+-- COST O(c + log n) in categories and active locks; 1 + 2c reads, 2 writes a lock.
+
+local generation, moved, active = tonumber(ARGV[3]), 0, 0
+for category in string.gmatch(redis.call('HGET', KEYS[1], 'categories') or '', '%S+') do
+  local held = held_lock(ARGV[2], category)
+  if held and held.active then
+    active = active + 1
+    if held.state == 'attended' and held.generation <= generation then
+      held.generation = generation
+      held.state = 'abandoned'
+      redis.call('ZADD', KEYS[2], int(math.min(held.deadline, now + ARGV[4])), held.member)
+      save_held(held)
+      keep(KEYS[2], KEYS[6])
+      moved = moved + 1
+    end
+  end
+end
+return {'abandoned', moved, active}

@@ -1,0 +1,36 @@
+-- adopt: a session of the user began; abandoned locks get their deadline back.
+--
+-- KEYS[1] counts      hash
+-- KEYS[2] deadlines   zset
+-- KEYS[3] ended       zset
+-- KEYS[4] settling    zset
+-- KEYS[5] sold        zset
+-- KEYS[6] holders     hash
+-- ARGV[1] channel     text
+-- ARGV[2] user        integer
+-- ARGV[3] generation  integer the user's presence generation of that session
+--
+-- RETURNS
+--   {"adopted", {lock, category, quantity, created_ms, deadline_ms}, ...}   the user's active locks
+--
+-- COST O(c + log n) in categories and active locks; 1 + 2c reads, 2 writes a lock.
+
+local reply = {'adopted'}
+local generation = tonumber(ARGV[3])
+for category in string.gmatch(redis.call('HGET', KEYS[1], 'categories') or '', '%S+') do
+  local held = held_lock(ARGV[2], category)
+  if held and held.active then
+    if held.generation < generation then
+      held.generation = generation
+      if held.state == 'abandoned' then
+        held.state = 'attended'
+        held.deadline = held.full
+        redis.call('ZADD', KEYS[2], int(held.deadline), held.member)
+      end
+      save_held(held)
+      keep(KEYS[2], KEYS[6])
+    end
+    reply[#reply + 1] = {held.lock, category, int(held.quantity), held.created, int(held.deadline)}
+  end
+end
+return reply

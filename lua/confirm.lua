@@ -1,0 +1,57 @@
+-- confirm: turn an active lock into a sale that is being settled.
+--
+-- KEYS[1] counts      hash
+-- KEYS[2] deadlines   zset
+-- KEYS[3] ended       zset
+-- KEYS[4] settling    zset
+-- KEYS[5] sold        zset
+-- KEYS[6] holders     hash
+-- KEYS[7] lock        hash
+-- KEYS[8] order       string  what is remembered of the order; KEYS[7] again when none is said
+-- ARGV[1] channel     text
+-- ARGV[2] lock        text
+-- ARGV[3] user        integer "" when the caller does not say
+-- ARGV[4] order       text    "" when the caller does not say
+-- ARGV[5] settle_ms   integer the order must be reported within this
+--
+-- RETURNS one of
+--   {"confirmed"}
+--   {"confirmed_reported"}   the order was reported before: count it again, now that its lock is known
+--   {"already_confirmed"}    a repeat; nothing changed
+--   {"other_order"} {"wrong_user"} {"expired"} {"released"} {"not_found"}   nothing changed
+--
+-- COST O(log n) in active locks of the event; 5 reads, 9 writes, 1 publish.
+
+expire_due()
+local lock = redis.call('HMGET', KEYS[7], 'user', 'category', 'quantity', 'status', 'order')
+local user, category, quantity, status, order = lock[1], lock[2], lock[3], lock[4], lock[5]
+if not user then return {'not_found'} end
+if ARGV[3] ~= '' and ARGV[3] ~= user then return {'wrong_user'} end
+if status == 'confirmed' then
+  if order and order ~= '' and ARGV[4] ~= '' and order ~= ARGV[4] then return {'other_order'} end
+  return {'already_confirmed'}
+end
+if status == 'released' then return {'released'} end
+local member = member_of(ARGV[2], category, quantity, user)
+local deadline = redis.call('ZSCORE', KEYS[2], member)
+if not deadline or tonumber(deadline) <= now then return {'expired'} end
+local reported = ARGV[4] ~= '' and redis.call('EXISTS', KEYS[8]) == 1
+
+redis.call('ZREM', KEYS[2], member)
+redis.call('ZADD', KEYS[4], int(now + ARGV[5]), member)
+redis.call('HDEL', KEYS[6], user .. ':' .. category)
+local field = user .. '~' .. category
+local waiting = redis.call('HGET', KEYS[6], field)
+redis.call('HSET', KEYS[6], field, (waiting and waiting .. ' ' or '') .. ARGV[2] .. ':' .. quantity .. ':' .. ARGV[4])
+hold(user, -1, 0)
+redis.call('HSET', KEYS[7], 'status', 'confirmed', 'order', ARGV[4], 'deadline_ms', deadline)
+redis.call('PEXPIRE', KEYS[7], CONFIRMED_MS)
+redis.call('HINCRBY', KEYS[1], '#confirmed', 1)
+local row = load(category)
+if row then
+  row.active = math.max(0, row.active - quantity)
+  row.settling = row.settling + quantity
+  save(row, '')
+end
+keep(KEYS[1], KEYS[4], KEYS[6])
+return {reported and 'confirmed_reported' or 'confirmed'}

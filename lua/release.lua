@@ -1,0 +1,58 @@
+-- release: end a lock before its deadline, for its owner or for the orders-service.
+--
+-- KEYS[1] counts     hash
+-- KEYS[2] deadlines  zset
+-- KEYS[3] ended      zset
+-- KEYS[4] settling   zset
+-- KEYS[5] sold       zset
+-- KEYS[6] holders    hash
+-- KEYS[7] lock       hash
+-- ARGV[1] channel    text
+-- ARGV[2] lock       text
+-- ARGV[3] by         text    "owner": active locks only. "orders": also a confirmed one whose order is not reported
+-- ARGV[4] user       integer "" when the caller does not say
+-- ARGV[5] session    text    the owner's socket that has its own answer; "" when none
+--
+-- RETURNS one of
+--   {"released", user, category, quantity, created_ms, deadline_ms, session, order}
+--   {"already_released", user, category, quantity, created_ms, deadline_ms, session, order}   by the same releaser; nothing changed
+--   {"released_by_other"} {"confirmed"} {"wrong_user"} {"expired"} {"not_found"}        nothing changed
+--
+-- COST O(log n) in active locks of the event; 4 reads, 6 writes, 2 publishes.
+
+expire_due()
+local lock = redis.call('HMGET', KEYS[7], 'user', 'category', 'quantity', 'status', 'created_ms', 'deadline_ms', 'session',
+  'releaser', 'order')
+local user, category, quantity, status = lock[1], lock[2], lock[3], lock[4]
+if not user then return {'not_found'} end
+if ARGV[4] ~= '' and ARGV[4] ~= user then return {'wrong_user'} end
+if status == 'released' then
+  if lock[8] ~= ARGV[3] then return {'released_by_other'} end
+  return {'already_released', user, category, quantity, lock[5], lock[6], lock[7], lock[9] or ''}
+end
+local member = member_of(ARGV[2], category, quantity, user)
+local deadline = lock[6]
+local row = load(category)
+
+if status == 'confirmed' then
+  if ARGV[3] == 'owner' or not redis.call('ZSCORE', KEYS[4], member) then return {'confirmed'} end
+  redis.call('ZREM', KEYS[4], member)
+  stop_waiting(user, category, ARGV[2])
+  redis.call('HINCRBY', KEYS[1], '#confirmed', -1)
+  hold(user, 0, -quantity)
+  if row then row.settling = math.max(0, row.settling - quantity) end
+else
+  deadline = redis.call('ZSCORE', KEYS[2], member)
+  if not deadline or tonumber(deadline) <= now then return {'expired'} end
+  redis.call('ZREM', KEYS[2], member)
+  redis.call('HDEL', KEYS[6], user .. ':' .. category)
+  hold(user, -1, -quantity)
+  if row then row.active = math.max(0, row.active - quantity) end
+end
+redis.call('HINCRBY', KEYS[1], '#released', 1)
+redis.call('HSET', KEYS[7], 'status', 'released', 'releaser', ARGV[3], 'deadline_ms', deadline)
+redis.call('PEXPIRE', KEYS[7], TOMBSTONE_MS)
+if row then save(row, ' released:' .. quantity .. ':' .. user) end
+tell(user, 'released ' .. ARGV[2] .. ' ' .. category .. ' ' .. quantity .. ' released ' .. (ARGV[5] == '' and '-' or ARGV[5]))
+keep(KEYS[1])
+return {'released', user, category, quantity, lock[5], deadline, lock[7], lock[9] or ''}

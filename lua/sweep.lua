@@ -1,0 +1,51 @@
+-- sweep: end what is due in the event, warn owners, say what else is to do and when to come again.
+--
+-- KEYS[1] counts      hash
+-- KEYS[2] deadlines   zset
+-- KEYS[3] ended       zset
+-- KEYS[4] settling    zset
+-- KEYS[5] sold        zset
+-- KEYS[6] holders     hash
+-- ARGV[1] channel     text
+-- ARGV[2] warning_ms  integer how long before its deadline a lock's owner is warned
+--
+-- RETURNS
+--   {"swept", expired, refresh, next_ms, {member, ...}}
+--     expired: locks ended; refresh: 1 when something waits for a snapshot; next_ms: until something is due, -1 when
+--     nothing ever is; members of `ended` whose tombstone is old enough to be buried
+--
+-- COST O(log n + d) in active locks and what is due (1,000 of each kind at most); 5 reads and a few writes a due lock.
+
+local expired = expire_due()
+
+-- Each lock is warned about once: when the horizon, which only moves on, passes its deadline.
+local warning = tonumber(ARGV[2])
+local warned = tonumber(redis.call('HGET', KEYS[1], 'warned_ms') or 0)
+local near = redis.call('ZRANGEBYSCORE', KEYS[2], '(' .. int(math.max(warned, now)), int(now + warning), 'WITHSCORES', 'LIMIT', 0,
+  BATCH)
+for i = 1, #near, 2 do
+  local lock, user = string.match(near[i], '^([^|]+)|%d+|%d+|(%d+)$')
+  warned = tonumber(near[i + 1])
+  tell(user, 'expiring ' .. lock .. ' ' .. int(warned) .. ' ' .. int(warned - now))
+end
+if #near < 2 * BATCH then warned = math.max(warned, now + warning) end
+
+local function head(key, from, shift)
+  local first = redis.call('ZRANGEBYSCORE', key, from, '+inf', 'WITHSCORES', 'LIMIT', 0, 1)
+  return first[2] and math.max(0, first[2] + shift - now)
+end
+local old = redis.call('ZRANGEBYSCORE', KEYS[3], '-inf', int(now - TOMBSTONE_MS), 'LIMIT', 0, BATCH)
+local next_ms = -1
+for _, due in pairs({
+  a = head(KEYS[2], '-inf', 0), b = head(KEYS[2], '(' .. int(warned), -warning), c = head(KEYS[4], '-inf', 0),
+  d = head(KEYS[3], '-inf', TOMBSTONE_MS),
+}) do
+  if next_ms < 0 or due < next_ms then next_ms = due end
+end
+if redis.call('EXISTS', KEYS[2]) == 1 then
+  redis.call('HSET', KEYS[1], 'warned_ms', int(warned))
+  keep(KEYS[1])
+end
+local late = redis.call('ZCOUNT', KEYS[4], '-inf', int(now))
+local refresh = (late > 0 or redis.call('EXISTS', KEYS[5]) == 1) and 1 or 0
+return {'swept', expired, refresh, next_ms, old}

@@ -1,0 +1,33 @@
+-- validate: find a user's active lock of a category for an order, and pin it.
+--
+-- KEYS[1] counts     hash
+-- KEYS[2] deadlines  zset
+-- KEYS[3] ended      zset
+-- KEYS[4] settling   zset
+-- KEYS[5] sold       zset
+-- KEYS[6] holders    hash
+-- ARGV[1] channel    text
+-- ARGV[2] user       integer
+-- ARGV[3] category   integer
+-- ARGV[4] quantity   integer  the lock must hold at least so many
+-- ARGV[5] window_ms  integer  the lock lives at least so much longer
+--
+-- RETURNS one of
+--   {"valid", lock, deadline_ms}   pinned: a disconnect does not move its deadline any more
+--   {"not_found"} {"expired"}      nothing changed
+--
+-- COST O(log n) in active locks of the event; 3 reads, 3 writes.
+
+expire_due()
+local held = held_lock(ARGV[2], ARGV[3])
+if not held then return {'not_found'} end
+if not held.active then return {'expired'} end
+if held.quantity < tonumber(ARGV[4]) then return {'not_found'} end
+
+local deadline = math.max(held.deadline, now + ARGV[5])
+held.full = math.max(held.full, deadline)
+held.state = 'pinned'
+redis.call('ZADD', KEYS[2], int(deadline), held.member)
+save_held(held)
+keep(KEYS[2], KEYS[6])
+return {'valid', held.lock, deadline}

@@ -1,0 +1,237 @@
+//! The reference of every setting: one flag, one variable, one default each. `--help` prints this table.
+
+use clap::{Arg, ArgAction, Command, builder::OsStringValueParser};
+
+/// One setting.
+pub(super) struct Flag {
+    /// The flag without its dashes; the variable is `SEATLOCK_` and the same words.
+    pub name: &'static str,
+    /// What a value is called in the reference.
+    pub value: &'static str,
+    /// The default, where there is one.
+    pub default: Option<&'static str>,
+    /// Under which heading it stands.
+    heading: &'static str,
+    /// What it means.
+    help: &'static str,
+}
+
+const NETWORK: &str = "Network";
+const NEIGHBOURS: &str = "Neighbours";
+const TOKENS: &str = "Tokens (exactly one key, unless --demo)";
+const LOCKS: &str = "Locks";
+const PACE: &str = "Pace and patience";
+const PROCESS: &str = "Process";
+
+const fn flag(
+    heading: &'static str,
+    name: &'static str,
+    value: &'static str,
+    default: Option<&'static str>,
+    help: &'static str,
+) -> Flag {
+    Flag { name, value, default, heading, help }
+}
+
+/// All of them, in the order of `--help`.
+pub(super) const FLAGS: &[Flag] = &[
+    flag(NETWORK, "listen", "ADDR:PORT", Some("0.0.0.0:8880"), "Where Socket.IO and HTTP are served"),
+    flag(
+        NETWORK,
+        "admin-listen",
+        "ADDR:PORT",
+        None,
+        "Where /metrics, /livez and /readyz are served instead, away from the public; without it on --listen",
+    ),
+    flag(
+        NETWORK,
+        "cors-origins",
+        "ORIGINS",
+        None,
+        "Web origins that may connect, separated by commas, or * for any; also checked when a WebSocket opens. Without \
+         it only pages of the same origin may",
+    ),
+    flag(
+        NEIGHBOURS,
+        "redis-url",
+        "URL",
+        None,
+        "Where lock state lives: redis://, rediss://, redis-sentinel://, redis-cluster://HOST:PORT or unix:PATH. \
+         Without it lock state lives in this process: one replica only, and a restart forgets it",
+    ),
+    flag(
+        NEIGHBOURS,
+        "redis-wait",
+        "N",
+        Some("0"),
+        "Redis replicas that must have a grant before it is answered; 0 does not wait",
+    ),
+    flag(NEIGHBOURS, "amqp-url", "URL", None, "RabbitMQ, as amqp:// or amqps://. Without it no RPC is served"),
+    flag(NEIGHBOURS, "amqp-queue", "NAME", Some("realtime_queue"), "The queue that the other services send to"),
+    flag(
+        NEIGHBOURS,
+        "events-url",
+        "URL",
+        None,
+        "The events-service that knows the stock: tcp://HOST:PORT (NestJS TCP), amqp://HOST/?queue=NAME (NestJS \
+         RabbitMQ), or file:PATH (a fixed catalogue in JSON). Required, unless --demo",
+    ),
+    flag(
+        TOKENS,
+        "jwt-secret",
+        "SECRET",
+        None,
+        "The shared key of HS256 tokens, 32 bytes or more. Better given as the variable: flags can be seen by other users \
+         of the machine",
+    ),
+    flag(TOKENS, "jwt-public-key-file", "PATH", None, "The public key of signed tokens, a PEM file"),
+    flag(TOKENS, "jwks-url", "URL", None, "Where the identity service publishes its keys, http:// or https://"),
+    flag(TOKENS, "jwt-issuer", "TEXT", None, "The issuer that tokens must name; without it any"),
+    flag(TOKENS, "jwt-audience", "TEXT", None, "The audience that tokens must name; without it any"),
+    flag(
+        TOKENS,
+        "token-grace",
+        "DURATION",
+        Some("25s"),
+        "From the message that a token expired to the end of its connection",
+    ),
+    flag(LOCKS, "lock-ttl", "DURATION", Some("5m"), "How long a lock stands if nothing else happens"),
+    flag(
+        LOCKS,
+        "checkout-window",
+        "DURATION",
+        Some("60s"),
+        "How long a lock stands at least from the moment the orders-service validated it",
+    ),
+    flag(
+        LOCKS,
+        "disconnect-grace",
+        "DURATION",
+        Some("15s"),
+        "How long the locks of a user stand after the last connection of that user ended",
+    ),
+    flag(
+        LOCKS,
+        "settle-timeout",
+        "DURATION",
+        Some("30s"),
+        "How long a confirmed lock waits for its order to be reported before its tickets are counted by the stock alone",
+    ),
+    flag(LOCKS, "expiry-warning", "DURATION", Some("60s"), "How long before its end the owner of a lock is warned"),
+    flag(LOCKS, "max-per-lock", "N", Some("10"), "Tickets in one lock at most"),
+    flag(
+        LOCKS,
+        "max-per-event",
+        "N",
+        None,
+        "Tickets of one event that a user may hold and have bought at most; without it any",
+    ),
+    flag(LOCKS, "rate-limit", "RATE", Some("10/s burst 20"), "Lock requests per user and event, or off"),
+    flag(
+        PACE,
+        "fanout-tick",
+        "DURATION",
+        Some("50ms"),
+        "A room hears of each category at once, then at most once in this time",
+    ),
+    flag(
+        PACE,
+        "stock-refresh",
+        "DURATION",
+        Some("10s"),
+        "How often the stock of events that somebody watches is asked for",
+    ),
+    flag(PACE, "request-timeout", "DURATION", Some("2s"), "Within which every request is answered"),
+    flag(PACE, "drain-timeout", "DURATION", Some("25s"), "Within which the process stops after SIGTERM or SIGINT"),
+    flag(
+        PACE,
+        "slow-client",
+        "DURATION",
+        Some("15s"),
+        "How long a client may leave what was sent to it unread before its connection ends",
+    ),
+    flag(
+        PROCESS,
+        "log",
+        "FILTER",
+        Some("info"),
+        "What is logged: error, warn, info, debug, trace, or a list such as info,seatlock::rpc=debug",
+    ),
+    flag(
+        PROCESS,
+        "log-format",
+        "FORMAT",
+        Some("text"),
+        "How it is logged: text or json, one line each, on standard error",
+    ),
+    flag(
+        PROCESS,
+        "demo",
+        "BOOL",
+        Some("false"),
+        "Serve a page to try the service at /demo/, with a token key of its own, tokens for anybody and, unless set \
+         otherwise, a built-in catalogue. Never for real sales",
+    ),
+];
+
+impl Flag {
+    /// The environment variable.
+    pub(super) fn variable(&self) -> String {
+        format!("SEATLOCK_{}", self.name.to_ascii_uppercase().replace('-', "_"))
+    }
+
+    fn argument(&self) -> Arg {
+        let argument = Arg::new(self.name)
+            .long(self.name)
+            .value_name(self.value)
+            .value_parser(OsStringValueParser::new())
+            .action(ArgAction::Set)
+            .help_heading(self.heading)
+            .help(format!("{}\n[env: {}]", filled(self.help), self.variable()));
+        let argument = match self.default {
+            Some(default) if default != "false" => argument.default_value(default),
+            _ => argument,
+        };
+        if self.value == "BOOL" {
+            argument.num_args(0..=1).require_equals(true).default_missing_value("true")
+        } else {
+            argument
+        }
+    }
+}
+
+/// The command line as `clap` sees it. Values are read as they are: this module's parent parses them, so that one
+/// mistake does not hide the next and none is echoed.
+pub(super) fn command() -> Command {
+    Command::new("seatlock")
+        .version(env!("CARGO_PKG_VERSION"))
+        .about("A distributed ticket-lock service: thousands of buyers, live truth, nothing sold twice.")
+        .after_help(
+            "A flag goes before its variable; an empty variable is one that is not set.\n\
+             Durations have a unit: 50ms, 30s, 5m.\n\n\
+             Exit codes:\n  \
+             0   stopped as asked, everything in flight answered\n  \
+             64  a mistake in flags or variables; all of them are listed\n  \
+             69  something needed at the start cannot be had, such as the port\n  \
+             70  stopped by a fault of its own, or before the drain had ended",
+        )
+        .next_line_help(true)
+        .args(FLAGS.iter().map(Flag::argument))
+}
+
+/// The text in lines of at most a hundred characters, broken between words.
+fn filled(text: &str) -> String {
+    const WIDTH: usize = 100;
+    let mut lines = String::with_capacity(text.len() + 8);
+    let mut line_len = 0;
+    for word in text.split(' ') {
+        if line_len > 0 {
+            let fits = line_len + 1 + word.len() <= WIDTH;
+            lines.push(if fits { ' ' } else { '\n' });
+            line_len = if fits { line_len + 1 } else { 0 };
+        }
+        lines.push_str(word);
+        line_len += word.len();
+    }
+    lines
+}

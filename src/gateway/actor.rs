@@ -1,0 +1,343 @@
+//! The one task of a socket: it handles messages in the order in which they were sent, keeps the session's standing with
+//! the ledger and with its token, and ends what the session began.
+
+use std::collections::HashMap;
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use futures_util::FutureExt as _;
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, sleep, sleep_until, timeout};
+
+use super::auth::Claims;
+use super::session::{Answer, Ending, Incoming, Sent, Session};
+use super::wire::{self, About, Code, Json, Name, Refusal};
+use super::{Shared, now};
+use crate::domain::{Availability, EventId, UserId};
+use crate::fanout::Fanout;
+use crate::ledger::{LedgerError, Presence};
+use crate::metrics;
+
+/// Between two tries to put an answer into a full send buffer.
+const SEND_RETRY: Duration = Duration::from_millis(50);
+
+/// Between two tries to enter a session into a ledger that does not answer, doubling up to the longest.
+const ENTER_RETRY: Duration = Duration::from_millis(250);
+const ENTER_RETRY_MAX: Duration = Duration::from_secs(4);
+
+/// How long a leaving session tries to tell the ledger. Without it the locks live until their deadline.
+const LEAVE_FOR: Duration = Duration::from_mins(1);
+
+/// Timers are set at most this far ahead; a token that lives longer is looked at again then.
+const TIMER_MAX: Duration = Duration::from_hours(24);
+
+/// Counts a socket as a watcher of an event until dropped.
+#[derive(Debug)]
+pub(super) struct Watching {
+    fanout: Arc<Fanout>,
+    event: EventId,
+}
+
+impl Watching {
+    /// Returns when the event's notices arrive.
+    pub async fn begin(fanout: Arc<Fanout>, event: EventId) -> Result<Self, LedgerError> {
+        fanout.watch(event).await?;
+        Ok(Self { fanout, event })
+    }
+}
+
+impl Drop for Watching {
+    fn drop(&mut self) {
+        self.fanout.unwatch(self.event);
+    }
+}
+
+/// Counts a socket as a listener of its user's messages until dropped.
+#[derive(Debug)]
+struct Listening {
+    fanout: Arc<Fanout>,
+    user: UserId,
+}
+
+impl Listening {
+    async fn begin(fanout: Arc<Fanout>, user: UserId) -> Result<Self, LedgerError> {
+        fanout.listen(user).await?;
+        Ok(Self { fanout, user })
+    }
+}
+
+impl Drop for Listening {
+    fn drop(&mut self) {
+        self.fanout.unlisten(self.user);
+    }
+}
+
+/// How a session stands with the ledger.
+enum Standing {
+    /// Not asked yet, or the last try failed.
+    Out {
+        /// When to try again.
+        at: Instant,
+        /// How long to wait after the next failure.
+        pause: Duration,
+    },
+    /// Asked; no answer yet.
+    Entering(JoinHandle<Result<(Listening, Presence), LedgerError>>, Duration),
+    /// The ledger knows the session.
+    In { _listening: Listening, generation: u64 },
+}
+
+/// How a session stands with its token.
+enum Token {
+    /// Good until then.
+    Good(SystemTime),
+    /// Ran out; the connection closes then.
+    Expired(Instant),
+}
+
+/// The task of one socket.
+pub(super) struct Actor {
+    pub shared: Arc<Shared>,
+    pub session: Arc<Session>,
+    inbox: mpsc::Receiver<Incoming>,
+    post: mpsc::Receiver<(&'static str, Json)>,
+    standing: Standing,
+    token: Token,
+    pub watched: HashMap<EventId, Watching>,
+    /// Set while a join is answered: what the joiner gets next.
+    pub joined: Option<(EventId, Vec<Availability>)>,
+    /// Set when the replica drains: what is in the inbox is still answered, nothing more is taken.
+    moving: bool,
+}
+
+impl Actor {
+    /// The task of a session that has not begun.
+    pub fn new(
+        shared: Arc<Shared>,
+        session: Arc<Session>,
+        claims: Claims,
+        inbox: mpsc::Receiver<Incoming>,
+        post: mpsc::Receiver<(&'static str, Json)>,
+    ) -> Self {
+        Self {
+            shared,
+            session,
+            inbox,
+            post,
+            standing: Standing::Out { at: Instant::now(), pause: ENTER_RETRY },
+            token: Token::Good(claims.expires_at),
+            watched: HashMap::new(),
+            joined: None,
+            moving: false,
+        }
+    }
+
+    /// Lives until the session is over and the ledger knows it.
+    pub async fn live(mut self) {
+        if AssertUnwindSafe(self.work()).catch_unwind().await.is_err() {
+            self.shared.end(&self.session, Ending::Fault);
+        }
+        self.finish().await;
+    }
+
+    async fn work(&mut self) {
+        self.enter().await;
+        loop {
+            let wake = self.wake_at();
+            tokio::select! {
+                biased;
+                () = self.session.over.cancelled() => return,
+                () = self.shared.impatient.cancelled() => {
+                    self.shared.end(&self.session, Ending::Drain);
+                    return;
+                }
+                () = self.shared.draining.cancelled(), if !self.moving => {
+                    self.moving = true;
+                    self.inbox.close();
+                }
+                () = sleep_until(wake) => self.tick().await,
+                Some((name, data)) = self.post.recv() => {
+                    self.patiently(|session| session.emit(name, &data)).await;
+                }
+                entered = Self::entered(&mut self.standing) => self.settle(entered).await,
+                message = self.inbox.recv() => match message {
+                    Some(message) => self.handle(message).await,
+                    None if self.moving => {
+                        self.shared.end(&self.session, Ending::Drain);
+                        return;
+                    }
+                    None => return,
+                },
+            }
+        }
+    }
+
+    /// When something is due by itself.
+    fn wake_at(&self) -> Instant {
+        let token = match self.token {
+            Token::Good(until) => {
+                let left = until.duration_since(SystemTime::now()).unwrap_or_default();
+                Instant::now() + left.min(TIMER_MAX)
+            }
+            Token::Expired(closes) => closes,
+        };
+        match self.standing {
+            Standing::Out { at, .. } => at.min(token),
+            Standing::Entering(..) | Standing::In { .. } => token,
+        }
+    }
+
+    async fn tick(&mut self) {
+        match self.token {
+            Token::Good(until) if until <= SystemTime::now() => {
+                self.token = Token::Expired(Instant::now() + self.shared.options.token_grace);
+                let answer = Answer::refusal(None, &Refusal::new(Code::TokenExpired), &About::default());
+                self.patiently(|session| session.answer(&answer, None)).await;
+            }
+            Token::Expired(closes) if closes <= Instant::now() => {
+                self.shared.end(&self.session, Ending::Token);
+                return;
+            }
+            Token::Good(_) | Token::Expired(_) => {}
+        }
+        if let Standing::Out { at, .. } = self.standing
+            && at <= Instant::now()
+        {
+            self.enter().await;
+        }
+    }
+
+    /// Takes a new token of the same user.
+    pub fn renew(&mut self, claims: Claims) {
+        self.token = Token::Good(claims.expires_at);
+    }
+
+    /// The presence generation of the session's start, once the ledger knows it.
+    pub const fn generation(&self) -> Option<u64> {
+        match self.standing {
+            Standing::In { generation, .. } => Some(generation),
+            Standing::Out { .. } | Standing::Entering(..) => None,
+        }
+    }
+
+    /// Tells the ledger that the session is here, and the client what it has. Waits no longer than a request may.
+    async fn enter(&mut self) {
+        let Standing::Out { pause, .. } = self.standing else { return };
+        let Some(fanout) = self.shared.fanout.get().cloned() else {
+            self.standing = Standing::Out { at: Instant::now() + pause, pause };
+            return;
+        };
+        let (ledger, user, id) = (Arc::clone(&self.shared.ledger), self.session.user, self.session.id);
+        let task = tokio::spawn(async move {
+            let listening = Listening::begin(fanout, user).await?;
+            Ok((listening, ledger.enter(user, id).await?))
+        });
+        self.standing = Standing::Entering(task, pause);
+        if let Ok(entered) = timeout(self.shared.options.request_timeout, Self::entered(&mut self.standing)).await {
+            self.settle(entered).await;
+        }
+    }
+
+    /// Waits for the answer to an entry that is under way; for ever if none is.
+    async fn entered(standing: &mut Standing) -> Option<(Listening, Presence)> {
+        match standing {
+            Standing::Entering(task, _) => match task.await {
+                Ok(Ok(entered)) => Some(entered),
+                Ok(Err(error)) => {
+                    tracing::debug!(%error, "a session could not be entered");
+                    None
+                }
+                Err(_) => None,
+            },
+            Standing::Out { .. } | Standing::In { .. } => std::future::pending().await,
+        }
+    }
+
+    async fn settle(&mut self, entered: Option<(Listening, Presence)>) {
+        let Some((listening, presence)) = entered else {
+            let pause = match self.standing {
+                Standing::Entering(_, pause) => pause,
+                Standing::Out { .. } | Standing::In { .. } => ENTER_RETRY,
+            };
+            self.standing = Standing::Out { at: Instant::now() + pause, pause: (pause * 2).min(ENTER_RETRY_MAX) };
+            return;
+        };
+        self.standing = Standing::In { _listening: listening, generation: presence.generation };
+        let data = wire::connected(self.session.id, self.session.user, now(), &presence.locks);
+        self.patiently(|session| session.emit("connected", &data)).await;
+    }
+
+    async fn handle(&mut self, message: Incoming) {
+        let started = Instant::now();
+        let (name, answer) = match wire::split(&message.text) {
+            None => (None, Answer::unknown("")),
+            Some((text, data)) => match Name::parse(&text) {
+                None => (None, Answer::unknown(&text)),
+                Some(name) => (Some(name), self.respond(name, data.as_deref()).await),
+            },
+        };
+        let label = name.map_or("unknown", Name::as_str);
+        metrics::GATEWAY_MESSAGES.count(&[label]);
+        answer.count(name);
+        metrics::GATEWAY_ANSWER_SECONDS.observe(&[label], started.elapsed());
+        self.patiently(|session| session.answer(&answer, message.ack)).await;
+        self.after().await;
+    }
+
+    /// Sends something that must not be lost: waits while the send buffer is full, and closes the connection of a
+    /// client that takes nothing for `slow_client`.
+    pub async fn patiently(&self, send: impl Fn(&Session) -> Sent) {
+        let patience = Instant::now() + self.shared.options.slow_client;
+        while send(&self.session) == Sent::Full {
+            metrics::GATEWAY_FULL.count(&[]);
+            if Instant::now() >= patience {
+                metrics::GATEWAY_DROPPED.count(&["answer"]);
+                self.shared.end(&self.session, Ending::Slow);
+                return;
+            }
+            tokio::select! {
+                () = sleep(SEND_RETRY) => {}
+                () = self.session.over.cancelled() => return,
+                () = self.shared.impatient.cancelled() => return,
+            }
+        }
+    }
+
+    /// Ends what the session began. The ledger is told last and as long as it takes, within [`LEAVE_FOR`].
+    async fn finish(mut self) {
+        self.shared.forget(&self.session);
+        self.watched.clear();
+        match std::mem::replace(&mut self.standing, Standing::Out { at: Instant::now(), pause: ENTER_RETRY }) {
+            // An entry that the ledger sees after the leaving would stand for ever.
+            Standing::Entering(task, _) => {
+                timeout(LEAVE_FOR, task).await.ok();
+            }
+            Standing::Out { .. } | Standing::In { .. } => {}
+        }
+        let drains = self.shared.draining.is_cancelled();
+        let options = &self.shared.options;
+        let grace = if drains { options.drain_grace } else { options.disconnect_grace };
+        let give_up = Instant::now() + LEAVE_FOR;
+        let mut pause = ENTER_RETRY;
+        loop {
+            let left = match self.shared.leaving.acquire().await {
+                Ok(_permit) => self.shared.ledger.leave(self.session.user, self.session.id, grace).await,
+                Err(_) => return,
+            };
+            let Err(error) = left else {
+                metrics::GATEWAY_LEAVES.count(&["left"]);
+                return;
+            };
+            if Instant::now() + pause >= give_up {
+                metrics::GATEWAY_LEAVES.count(&["given_up"]);
+                tracing::warn!(%error, "the ledger was not told that a session ended; its locks live to their deadline");
+                return;
+            }
+            metrics::GATEWAY_LEAVES.count(&["retried"]);
+            sleep(pause).await;
+            pause = (pause * 2).min(ENTER_RETRY_MAX);
+        }
+    }
+}

@@ -1,0 +1,323 @@
+//! What each request does: ledger and stock are asked, the outcome becomes an answer. Decides nothing by itself.
+
+use std::future::Future;
+use std::sync::Arc;
+use std::time::{Duration, UNIX_EPOCH};
+
+use serde_json::value::RawValue;
+use tokio::time::timeout;
+
+use super::actor::{Actor, Watching};
+use super::limits::ROOMS_MAX;
+use super::now;
+use super::rooms::room_of;
+use super::session::Answer;
+use super::wire::{self, About, Code, Json, Name, Refusal, Request};
+use crate::domain::{
+    Availability, CategoryId, EventId, Instant, Lock, LockId, LockOutcome, LockRequest, LockStatus, Quantity,
+    ReleaseOutcome, Releaser, RequestId,
+};
+use crate::inventory::StockError;
+use crate::ledger::LedgerError;
+
+type Granted = Result<Json, Refusal>;
+
+impl From<LedgerError> for Refusal {
+    fn from(error: LedgerError) -> Self {
+        tracing::debug!(%error, "the ledger gave no answer to a request");
+        Self::new(Code::Unavailable)
+    }
+}
+
+impl From<StockError> for Refusal {
+    fn from(error: StockError) -> Self {
+        match error {
+            StockError::EventNotFound => Self::new(Code::EventNotFound),
+            StockError::Unavailable(_) => Self::new(Code::InventoryUnavailable),
+            StockError::Ledger(error) => error.into(),
+        }
+    }
+}
+
+/// Runs work that must not be dropped half-way: after `limit` it is *unknown* what became of it, and it runs on.
+async fn within<T: Send + 'static>(
+    limit: Duration,
+    work: impl Future<Output = Result<T, Refusal>> + Send + 'static,
+) -> Result<T, Refusal> {
+    match timeout(limit, tokio::spawn(work)).await {
+        Ok(Ok(result)) => result,
+        Ok(Err(_)) | Err(_) => Err(Refusal::new(Code::Unavailable)),
+    }
+}
+
+/// What a refused lock is called.
+fn refusal_of(outcome: &LockOutcome, per_event_max: Option<u32>) -> Refusal {
+    match outcome {
+        LockOutcome::Closed => Refusal::new(Code::EventClosed),
+        LockOutcome::CategoryNotFound => Refusal::new(Code::CategoryNotFound),
+        LockOutcome::AlreadyLocked { lock } => Refusal { lock: Some(*lock), ..Refusal::new(Code::AlreadyLocked) },
+        LockOutcome::LimitExceeded { held } => match per_event_max {
+            Some(most) => Refusal::saying(
+                Code::LimitExceeded,
+                format!("You cannot have more than {most} tickets of this event; you have {held}"),
+            ),
+            None => Refusal::new(Code::LimitExceeded),
+        },
+        LockOutcome::RateLimited { retry_after } => Refusal::later(*retry_after),
+        LockOutcome::Insufficient { available } => Refusal::short(Code::InsufficientTickets, *available),
+        LockOutcome::SoldOut => Refusal::short(Code::SoldOut, 0),
+        LockOutcome::RequestEnded { lock } => Refusal {
+            lock: Some(*lock),
+            ..Refusal::saying(Code::LockNotFound, "This request was granted before and its lock has ended")
+        },
+        LockOutcome::RequestMismatch => {
+            Refusal::saying(Code::InvalidRequest, "This requestId was used for another request")
+        }
+        // The stock never answers the first, and the others are no refusals.
+        LockOutcome::StockUnknown | LockOutcome::Granted(_) | LockOutcome::GrantedBefore(_) => {
+            Refusal::new(Code::InventoryUnavailable)
+        }
+    }
+}
+
+impl Actor {
+    /// The answer to a request of a known name.
+    pub(super) async fn respond(&mut self, name: Name, data: Option<&RawValue>) -> Answer {
+        let (about, request) = wire::read(name, data, self.session.user, self.shared.options.max_per_lock);
+        let granted = match request {
+            Err(refusal) => Err(refusal),
+            Ok(Request::Join(event)) => self.join(event).await,
+            Ok(Request::Leave(event)) => Ok(self.leave(event)),
+            Ok(Request::Lock { event, category, quantity, request }) => {
+                self.lock(event, category, quantity, request).await
+            }
+            Ok(Request::UnlockCategory(event, category)) => self.unlock_category(event, category).await,
+            Ok(Request::UnlockLock(lock)) => self.unlock(lock).await,
+            Ok(Request::MyLocks) => self.my_locks().await,
+            Ok(Request::Heartbeat) => Ok(wire::heartbeat(now())),
+            Ok(Request::Refresh(token)) => self.refresh(&token).await,
+        };
+        match granted {
+            Ok(data) => Answer::ok(name, data),
+            Err(refusal) => {
+                let about = match name {
+                    Name::Lock => about,
+                    Name::Join | Name::Leave => About { event: about.event, ..About::default() },
+                    Name::Unlock | Name::MyLocks | Name::Heartbeat | Name::Refresh => About::default(),
+                };
+                Answer::refusal(Some(name), &refusal, &about)
+            }
+        }
+    }
+
+    /// What follows an answer: a joiner gets the counts one by one and is in the room from then on.
+    pub(super) async fn after(&mut self) {
+        let Some((event, availability)) = self.joined.take() else { return };
+        for counts in &availability {
+            let data = wire::availability(counts);
+            self.patiently(|session| session.emit("availability-update", &data)).await;
+        }
+        self.session.join(room_of(event));
+        self.shared.rooms.join(event, &self.session);
+        // Once more: what happened between the reading and the room is the joiner's too.
+        if let Some(fanout) = self.shared.fanout.get() {
+            fanout.observe(&availability);
+        }
+    }
+
+    async fn join(&mut self, event: EventId) -> Granted {
+        let shared = &self.shared;
+        let Some(fanout) = shared.fanout.get().cloned() else { return Err(Refusal::new(Code::Unavailable)) };
+        let new = !self.watched.contains_key(&event);
+        if new && self.watched.len() >= ROOMS_MAX {
+            let message = format!("One connection can watch at most {ROOMS_MAX} events");
+            return Err(Refusal::saying(Code::LimitExceeded, message));
+        }
+        let (ledger, stock) = (Arc::clone(&shared.ledger), Arc::clone(&shared.stock));
+        let user = self.session.user;
+        let work = {
+            let fanout = Arc::clone(&fanout);
+            async move {
+                // Subscribed before it is read: what changes in between is announced.
+                let watching = if new { Some(Watching::begin(fanout, event).await?) } else { None };
+                let availability: Vec<Availability> = stock.availability(event).await?;
+                let locks: Vec<Lock> = ledger.locks_in(event, user).await?;
+                Ok((watching, availability, locks))
+            }
+        };
+        let (watching, availability, locks) = within(shared.options.request_timeout, work).await?;
+        if let Some(watching) = watching {
+            self.watched.insert(event, watching);
+        }
+        fanout.observe(&availability);
+        let data = wire::joined(event, &availability, &locks);
+        self.joined = Some((event, availability));
+        Ok(data)
+    }
+
+    fn leave(&mut self, event: EventId) -> Json {
+        self.session.part(room_of(event));
+        self.shared.rooms.part(event, &self.session);
+        self.watched.remove(&event);
+        wire::left(event)
+    }
+
+    async fn lock(
+        &self,
+        event: EventId,
+        category: CategoryId,
+        quantity: Quantity,
+        request: Option<RequestId>,
+    ) -> Granted {
+        let options = &self.shared.options;
+        // A lock of a session that the ledger does not know could outlive it.
+        let Some(generation) = self.generation() else { return Err(Refusal::new(Code::Unavailable)) };
+        let asked = LockRequest {
+            lock: LockId::generate(event),
+            user: self.session.user,
+            category,
+            quantity,
+            request: request.clone(),
+            session: Some(self.session.id),
+            generation,
+            ttl: options.lock_ttl,
+            stock_age_max: options.stock_age_max,
+            per_event_max: options.max_per_event,
+            rate: options.rate,
+        };
+        let stock = Arc::clone(&self.shared.stock);
+        let outcome =
+            within(options.request_timeout, async move { stock.lock(asked).await.map_err(Refusal::from) }).await?;
+        match outcome {
+            LockOutcome::Granted(grant) | LockOutcome::GrantedBefore(grant) => {
+                Ok(wire::granted(&grant, category, quantity, request.as_ref()))
+            }
+            LockOutcome::Closed
+            | LockOutcome::CategoryNotFound
+            | LockOutcome::AlreadyLocked { .. }
+            | LockOutcome::LimitExceeded { .. }
+            | LockOutcome::RateLimited { .. }
+            | LockOutcome::Insufficient { .. }
+            | LockOutcome::SoldOut
+            | LockOutcome::RequestEnded { .. }
+            | LockOutcome::RequestMismatch
+            | LockOutcome::StockUnknown => Err(refusal_of(&outcome, options.max_per_event)),
+        }
+    }
+
+    async fn unlock_category(&self, event: EventId, category: CategoryId) -> Granted {
+        let (ledger, user) = (Arc::clone(&self.shared.ledger), self.session.user);
+        let by = Releaser::Owner { user, session: Some(self.session.id) };
+        let released = within(self.shared.options.request_timeout, async move {
+            let locks = ledger.locks_in(event, user).await?;
+            let held = locks.iter().find(|lock| lock.category == category && lock.status == LockStatus::Active);
+            let Some(held) = held else { return Err(Refusal::new(Code::LockNotFound)) };
+            Ok((held.id, ledger.release(held.id, by).await?))
+        });
+        let (lock, outcome) = released.await?;
+        given_back(lock, &outcome)
+    }
+
+    async fn unlock(&self, lock: LockId) -> Granted {
+        let ledger = Arc::clone(&self.shared.ledger);
+        let by = Releaser::Owner { user: self.session.user, session: Some(self.session.id) };
+        let released = async move { ledger.release(lock, by).await.map_err(Refusal::from) };
+        given_back(lock, &within(self.shared.options.request_timeout, released).await?)
+    }
+
+    async fn my_locks(&self) -> Granted {
+        let (ledger, user) = (Arc::clone(&self.shared.ledger), self.session.user);
+        let read = async move { ledger.locks_of(user).await.map_err(Refusal::from) };
+        let locks = within(self.shared.options.request_timeout, read).await?;
+        Ok(wire::my_locks(&locks))
+    }
+
+    async fn refresh(&mut self, token: &str) -> Granted {
+        let verifying = self.shared.verifier.verify(token);
+        let claims = match timeout(self.shared.options.request_timeout, verifying).await {
+            Ok(Ok(claims)) => claims,
+            Ok(Err(error)) => {
+                tracing::debug!(%error, "a renewed token was not accepted");
+                return Err(Refusal::new(Code::from(error)));
+            }
+            Err(_) => return Err(Refusal::new(Code::Unavailable)),
+        };
+        if claims.user != self.session.user {
+            return Err(Refusal::new(Code::Unauthorized));
+        }
+        self.renew(claims);
+        let expires = claims.expires_at.duration_since(UNIX_EPOCH).unwrap_or_default();
+        Ok(wire::refreshed(Instant::from_ms(expires.as_millis().try_into().unwrap_or(u64::MAX))))
+    }
+}
+
+/// A repeat is as good as the first: the tickets are back. Whose lock it is or was is told to its owner only.
+fn given_back(lock: LockId, outcome: &ReleaseOutcome) -> Granted {
+    match outcome {
+        ReleaseOutcome::Released(_) | ReleaseOutcome::AlreadyReleased(_) => Ok(wire::unlocked(lock)),
+        ReleaseOutcome::ReleasedByOther
+        | ReleaseOutcome::Confirmed
+        | ReleaseOutcome::WrongUser
+        | ReleaseOutcome::Expired
+        | ReleaseOutcome::NotFound => Err(Refusal::new(Code::LockNotFound)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_refusal_of_a_lock_has_its_code_and_text() {
+        let lock = LockId::generate(EventId::new(1).unwrap());
+        for (outcome, code, message) in [
+            (LockOutcome::Closed, Code::EventClosed, "Ticket sales are closed"),
+            (LockOutcome::CategoryNotFound, Code::CategoryNotFound, "Ticket category not found"),
+            (
+                LockOutcome::AlreadyLocked { lock },
+                Code::AlreadyLocked,
+                "You already have tickets locked for this category",
+            ),
+            (
+                LockOutcome::LimitExceeded { held: 3 },
+                Code::LimitExceeded,
+                "You cannot have more than 4 tickets of this event; you have 3",
+            ),
+            (LockOutcome::Insufficient { available: 3 }, Code::InsufficientTickets, "Only 3 tickets available"),
+            (LockOutcome::SoldOut, Code::SoldOut, "Only 0 tickets available"),
+            (LockOutcome::StockUnknown, Code::InventoryUnavailable, "Failed to verify ticket availability"),
+            (
+                LockOutcome::RequestEnded { lock },
+                Code::LockNotFound,
+                "This request was granted before and its lock has ended",
+            ),
+            (LockOutcome::RequestMismatch, Code::InvalidRequest, "This requestId was used for another request"),
+        ] {
+            let refusal = refusal_of(&outcome, Some(4));
+            assert_eq!((refusal.code, refusal.message.as_ref()), (code, message), "{outcome:?}");
+        }
+        let limited = refusal_of(&LockOutcome::RateLimited { retry_after: Duration::from_millis(70) }, None);
+        assert_eq!(limited.retry_after, Some(Duration::from_millis(70)));
+    }
+
+    #[test]
+    fn a_lock_that_is_another_users_looks_like_none() {
+        let lock = LockId::generate(EventId::new(1).unwrap());
+        let foreign = given_back(lock, &ReleaseOutcome::WrongUser).unwrap_err();
+        assert_eq!(foreign, given_back(lock, &ReleaseOutcome::NotFound).unwrap_err());
+        assert_eq!(foreign.message, "No tickets found to unlock");
+    }
+
+    #[tokio::test]
+    async fn work_that_takes_too_long_is_unknown_and_runs_on() {
+        let (done, finished) = tokio::sync::oneshot::channel();
+        let work = async move {
+            tokio::time::sleep(Duration::from_millis(60)).await;
+            done.send(()).ok();
+            Ok(())
+        };
+        let refusal = within(Duration::from_millis(5), work).await.unwrap_err();
+        assert_eq!(refusal.code, Code::Unavailable);
+        timeout(Duration::from_secs(5), finished).await.unwrap().unwrap();
+    }
+}

@@ -1,0 +1,309 @@
+//! The Socket.IO gateway: parse, ask the ledger, render.
+//!
+//! Owns the sockets of this replica, who they belong to and which rooms they are in. Owns no lock: what a socket is told
+//! comes from the ledger. Does not know how replicas talk to each other; it is the fan-out's [`Audience`].
+//!
+//! A socket is a [`session`]: its handshake is checked in [`handshake`], its messages are read and answered in
+//! [`wire`] and [`handlers`] by one task ([`actor`]) in the order in which they came, its connection can be closed through its
+//! [`mod@line`]. Nothing here tells a client to stay away (`io server disconnect`): every connection that this service
+//! ends is one that the client opens again by itself.
+
+mod actor;
+pub mod auth;
+mod handlers;
+mod handshake;
+mod limits;
+mod line;
+mod rooms;
+mod session;
+mod wire;
+
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use axum::Router;
+use axum::body::Body;
+use axum::http::Request;
+use axum::response::{IntoResponse as _, Response};
+use futures_util::future::BoxFuture;
+use socketioxide::extract::{SocketRef, TryData};
+use socketioxide::handler::ConnectHandler as _;
+use socketioxide::{ParserConfig, SocketIo};
+use tokio::sync::Semaphore;
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tower::Service as _;
+
+use self::auth::TokenVerifier;
+pub use self::handshake::Origins;
+use self::handshake::Refused;
+use self::limits::Seats;
+use self::line::Lines;
+pub use self::line::{Line, LineStream};
+use self::rooms::{Here, Rooms};
+use self::session::WeakSocket;
+use self::wire::Auth;
+use crate::domain::{Instant, RateLimit};
+use crate::fanout::{Audience, Fanout};
+use crate::inventory::Stock;
+use crate::ledger::Ledger;
+use crate::metrics;
+
+/// The Socket.IO namespace.
+const NAMESPACE: &str = "/realtime";
+
+/// Sessions that tell the ledger at the same time that they end; a replica's sockets may all end at once.
+const LEAVING_MAX: usize = 64;
+
+/// After the time for draining is over: to cut what is left and to say so.
+const DRAIN_LAST: Duration = Duration::from_secs(2);
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Nothing that runs under the mutexes of this module panics half-way through a change.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// This machine's time, for messages whose time decides nothing.
+fn now() -> Instant {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    Instant::from_ms(since.as_millis().try_into().unwrap_or(u64::MAX))
+}
+
+/// How the gateway treats its clients.
+#[derive(Debug, Clone)]
+pub struct GatewayOptions {
+    /// Which pages may connect.
+    pub origins: Origins,
+    /// From a request to its answer.
+    pub request_timeout: Duration,
+    /// From a grant to the deadline of the lock.
+    pub lock_ttl: Duration,
+    /// What locks have left when the last socket of their user is gone.
+    pub disconnect_grace: Duration,
+    /// The same when it is gone because this replica drains.
+    pub drain_grace: Duration,
+    /// Tickets in one lock.
+    pub max_per_lock: u32,
+    /// Tickets of one event that a user may hold and have confirmed.
+    pub max_per_event: Option<u32>,
+    /// How often a user may try to lock in one event.
+    pub rate: Option<RateLimit>,
+    /// The oldest stock that may decide about a lock: [`Stock::age_wanted`].
+    pub stock_age_max: Duration,
+    /// From the expiry of a token to the end of its connection.
+    pub token_grace: Duration,
+    /// A client that takes nothing for so long is disconnected.
+    pub slow_client: Duration,
+    /// Open sockets on this replica.
+    pub sockets_max: usize,
+    /// Open sockets of one user on this replica.
+    pub sockets_per_user_max: usize,
+}
+
+impl Default for GatewayOptions {
+    /// The defaults of the contract; the bounds on sockets are generous for one process (36 KiB each) and one person.
+    fn default() -> Self {
+        Self {
+            origins: Origins::Any,
+            request_timeout: Duration::from_secs(2),
+            lock_ttl: Duration::from_mins(5),
+            disconnect_grace: Duration::from_secs(15),
+            drain_grace: Duration::from_mins(1),
+            max_per_lock: 10,
+            max_per_event: None,
+            rate: Some(RateLimit { interval: Duration::from_millis(100), burst: 20 }),
+            stock_age_max: Duration::from_secs(20),
+            token_grace: Duration::from_secs(25),
+            slow_client: Duration::from_secs(15),
+            sockets_max: 50_000,
+            sockets_per_user_max: 50,
+        }
+    }
+}
+
+/// What the sockets and the gateway share.
+struct Shared {
+    options: GatewayOptions,
+    verifier: Arc<TokenVerifier>,
+    ledger: Arc<dyn Ledger>,
+    stock: Arc<Stock>,
+    fanout: OnceLock<Arc<Fanout>>,
+    io: SocketIo,
+    transport: Transport,
+    seats: Arc<Seats>,
+    rooms: Rooms,
+    lines: Lines,
+    /// The actors and what they leave to be done.
+    tasks: TaskTracker,
+    leaving: Semaphore,
+    /// Nobody is taken in any more; sessions finish what they have been asked.
+    draining: CancellationToken,
+    /// They finish at once.
+    impatient: CancellationToken,
+}
+
+impl fmt::Debug for Shared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Shared").field("options", &self.options).finish_non_exhaustive()
+    }
+}
+
+/// The HTTP side of socketioxide: one instance, because each holds its own transport sessions.
+type Transport = Box<dyn Fn(Request<Body>) -> BoxFuture<'static, Response> + Send + Sync>;
+
+impl Shared {
+    /// Ends a polling session as its client would: a close packet in a request of its own.
+    async fn close_polling(&self, sid: &str) {
+        let request = Request::post(format!("/socket.io/?EIO=4&transport=polling&sid={sid}"))
+            .header("content-type", "text/plain;charset=UTF-8")
+            .body(Body::from("1"));
+        if let Ok(request) = request {
+            (self.transport)(request).await;
+        }
+    }
+
+    /// The handshake of one socket, before it is connected.
+    async fn greet(self: &Arc<Self>, socket: SocketRef, weak: WeakSocket, auth: Auth) -> Result<(), Refused> {
+        let parts = socket.req_parts();
+        if self.draining.is_cancelled() {
+            // The client would not come back after a refusal; after a lost connection it does.
+            let line = self.lines.find(&socket.id.to_string()).or_else(|| parts.extensions.get::<Line>().cloned());
+            if let Some(line) = line {
+                line.close();
+                tokio::time::sleep(Duration::from_secs(1)).await;
+            }
+            return Err(Refused::Unavailable);
+        }
+        let query = parts.uri.query().unwrap_or_default();
+        let claims = handshake::check(self, &auth, query, &parts.headers).await?;
+        let seat = self.seats.take(claims.user).map_err(|_| Refused::TooManyConnections)?;
+        let socket = weak.0.upgrade().ok_or(Refused::Unavailable)?;
+        self.admit(&socket, claims, seat);
+        Ok(())
+    }
+}
+
+/// The Socket.IO side of one replica.
+#[derive(Debug, Clone)]
+pub struct Gateway {
+    shared: Arc<Shared>,
+}
+
+impl Gateway {
+    /// A gateway that nobody can reach yet: its [`Gateway::routes`] are to be served on connections wrapped by
+    /// [`Line::wrap`], and a fan-out is to be [attached](Gateway::attach).
+    #[must_use]
+    pub fn new(
+        options: GatewayOptions,
+        verifier: Arc<TokenVerifier>,
+        ledger: Arc<dyn Ledger>,
+        stock: Arc<Stock>,
+    ) -> Self {
+        let (service, io) = SocketIo::builder()
+            .ping_interval(limits::PING_INTERVAL)
+            .ping_timeout(limits::PING_TIMEOUT)
+            .connect_timeout(limits::HANDSHAKE_TIMEOUT)
+            .max_buffer_size(limits::OUTBOX_LEN_MAX)
+            .ws_read_buffer_size(1024)
+            .ws_max_message_size(limits::MESSAGE_BYTES_MAX)
+            .ws_max_frame_size(limits::MESSAGE_BYTES_MAX)
+            .max_payload(limits::MESSAGE_BYTES_MAX as u64)
+            // No message of the contract carries binary data.
+            .with_parser(ParserConfig::common().max_incoming_binaries(0))
+            .build_svc();
+        let transport: Transport = Box::new(move |request| {
+            let mut service = service.clone();
+            Box::pin(async move { service.call(request).await.unwrap_or_else(|never| match never {}).into_response() })
+        });
+        let shared = Arc::new_cyclic(|shared: &Weak<Shared>| {
+            listen(&io, shared);
+            Shared {
+                seats: Seats::new(options.sockets_max, options.sockets_per_user_max),
+                options,
+                verifier,
+                ledger,
+                stock,
+                fanout: OnceLock::new(),
+                io,
+                transport,
+                rooms: Rooms::default(),
+                lines: Lines::default(),
+                tasks: TaskTracker::new(),
+                leaving: Semaphore::new(LEAVING_MAX),
+                draining: CancellationToken::new(),
+                impatient: CancellationToken::new(),
+            }
+        });
+        Self { shared }
+    }
+
+    /// How the fan-out reaches the sockets.
+    #[must_use]
+    pub fn audience(&self) -> Arc<dyn Audience> {
+        Arc::new(Here(Arc::clone(&self.shared)))
+    }
+
+    /// Gives the sockets their news. Until then, sessions wait and nobody can watch an event. Only the first counts.
+    pub fn attach(&self, fanout: Arc<Fanout>) {
+        self.shared.fanout.set(fanout).ok();
+    }
+
+    /// `/socket.io/`. The connection's [`Line`] must be in the extensions of every request.
+    pub fn routes(&self) -> Router {
+        let serve = {
+            let shared = Arc::clone(&self.shared);
+            move |request: Request<Body>| (shared.transport)(request)
+        };
+        Router::new()
+            .route("/socket.io/", axum::routing::any(serve))
+            .layer(axum::middleware::from_fn_with_state(Arc::clone(&self.shared), handshake::gate))
+            .layer(self.shared.options.origins.cors())
+    }
+
+    /// Users with an open socket here, and open sockets.
+    #[must_use]
+    pub fn counts(&self) -> (usize, usize) {
+        self.shared.seats.counts()
+    }
+
+    /// Takes nobody in any more, answers what has been asked, closes the connections so that clients go elsewhere, and
+    /// hands their locks over with the longer grace. Returns when all that is done, and after `limit` and twice
+    /// [`DRAIN_LAST`] at the latest.
+    pub async fn drain(&self, limit: Duration) {
+        let shared = &self.shared;
+        let (_, sockets) = self.counts();
+        tracing::info!(sockets, "draining the sockets");
+        shared.draining.cancel();
+        shared.tasks.close();
+        if timeout(limit, shared.tasks.wait()).await.is_err() {
+            shared.impatient.cancel();
+            timeout(DRAIN_LAST, shared.tasks.wait()).await.ok();
+        }
+        let left = shared.lines.cut_all();
+        // Transports without a session (one that has left the namespace, or never came to it) hold their polls open.
+        timeout(DRAIN_LAST, shared.io.close()).await.ok();
+        let undone = shared.tasks.len();
+        tracing::info!(left, undone, "the sockets are drained");
+    }
+}
+
+/// Handles the namespace. The handlers hold no gateway: it holds them.
+fn listen(io: &SocketIo, shared: &Weak<Shared>) {
+    let (greeting, beginning) = (shared.clone(), shared.clone());
+    let greet = move |socket: SocketRef, weak: WeakSocket, TryData(auth): TryData<Auth>| async move {
+        let greeted = match greeting.upgrade() {
+            Some(shared) => shared.greet(socket, weak, auth.unwrap_or_default()).await,
+            None => Err(Refused::Unavailable),
+        };
+        greeted.inspect_err(|refused| metrics::GATEWAY_REFUSED.count(&[refused.as_str()]))
+    };
+    let begin = move |socket: SocketRef| {
+        if let Some(shared) = beginning.upgrade() {
+            shared.begin(&socket);
+        }
+        std::future::ready(())
+    };
+    io.ns(NAMESPACE, begin.with(greet));
+}

@@ -1,0 +1,403 @@
+//! One socket from its handshake to its end.
+//!
+//! [`Session`] is what others see of it; its [`Actor`] handles its messages and ends what it began. Every path ends a
+//! session once, a failed handshake included: the socket holds a [`Guard`].
+
+use std::collections::HashSet;
+use std::convert::Infallible;
+use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, Weak};
+use std::time::Duration;
+
+use socketioxide::adapter::{Adapter, LocalAdapter};
+use socketioxide::extract::AckSender;
+use socketioxide::handler::{FromConnectParts, FromMessageParts, Value};
+use socketioxide::socket::{DisconnectReason, Socket};
+use socketioxide::{SendError, SocketError, TransportType};
+use tokio::sync::mpsc;
+use tokio::sync::mpsc::error::TrySendError;
+use tokio::time::{Instant, sleep};
+use tokio_util::sync::CancellationToken;
+
+use super::actor::Actor;
+use super::auth::Claims;
+use super::limits::{INBOX_LEN_MAX, INBOX_RETRY_AFTER, Seat};
+use super::line::Line;
+use super::rooms::room_of_user;
+use super::wire::{self, About, Code, Json, Name, Refusal};
+use super::{Shared, lock};
+use crate::domain::{EventId, SessionId, UserId};
+use crate::metrics;
+
+/// Messages for a user's socket whose send buffer was full, waiting to be tried again.
+const MAIL_LEN_MAX: usize = 64;
+
+/// From the end of reading to the end of the connection: the answers of a closed session are written in this time.
+const CLOSING: Duration = Duration::from_secs(3);
+const CLOSING_STEP: Duration = Duration::from_millis(20);
+
+/// Why this service ended a session.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ending {
+    /// Its token ran out and no new one came.
+    Token,
+    /// It did not take what it was sent.
+    Slow,
+    /// This replica is going away.
+    Drain,
+    /// A defect of ours: its task panicked.
+    Fault,
+}
+
+impl Ending {
+    const fn as_str(self) -> &'static str {
+        match self {
+            Self::Token => "token_expired",
+            Self::Slow => "slow",
+            Self::Drain => "drain",
+            Self::Fault => "fault",
+        }
+    }
+}
+
+const fn reason_label(reason: DisconnectReason) -> &'static str {
+    match reason {
+        DisconnectReason::TransportClose => "transport_close",
+        DisconnectReason::MultipleHttpPollingError => "double_poll",
+        DisconnectReason::PacketParsingError => "parse_error",
+        DisconnectReason::TransportError => "transport_error",
+        DisconnectReason::HeartbeatTimeout => "ping_timeout",
+        DisconnectReason::ClientNSDisconnect => "client",
+        DisconnectReason::ServerNSDisconnect => "server",
+        DisconnectReason::ClosingServer => "closing",
+    }
+}
+
+/// What became of an attempt to send.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sent {
+    /// In the socket's send buffer.
+    Yes,
+    /// The send buffer is full.
+    Full,
+    /// The socket is gone.
+    Gone,
+}
+
+impl From<Result<(), SendError>> for Sent {
+    fn from(result: Result<(), SendError>) -> Self {
+        match result {
+            Ok(()) => Self::Yes,
+            Err(SendError::Socket(SocketError::InternalChannelFull)) => Self::Full,
+            Err(SendError::Socket(SocketError::Closed)) => Self::Gone,
+            Err(SendError::Serialize(error)) => {
+                tracing::error!(%error, "a message could not be encoded");
+                Self::Gone
+            }
+        }
+    }
+}
+
+/// A message from the client, as it came.
+#[derive(Debug)]
+pub struct Incoming {
+    /// The array of name and arguments.
+    pub text: Box<str>,
+    /// The id of the acknowledgement, if one is wanted.
+    pub ack: Option<i64>,
+}
+
+impl<A: Adapter> FromMessageParts<A> for Incoming {
+    type Error = Infallible;
+
+    fn from_message_parts(_: &Arc<Socket<A>>, value: &mut Value, ack: &Option<i64>) -> Result<Self, Infallible> {
+        let text = match value {
+            Value::Str(text, _) => text.as_str().into(),
+            Value::Bytes(_) => Box::default(),
+        };
+        Ok(Self { text, ack: *ack })
+    }
+}
+
+/// The socket itself, for those who must not keep it alive.
+pub struct WeakSocket(pub Weak<Socket>);
+
+impl FromConnectParts<LocalAdapter> for WeakSocket {
+    type Error = Infallible;
+
+    fn from_connect_parts(socket: &Arc<Socket>, _: &Option<Value>) -> Result<Self, Infallible> {
+        Ok(Self(Arc::downgrade(socket)))
+    }
+}
+
+/// An answer to a request: the name of its message, its data, and what the metrics call it.
+#[derive(Debug)]
+pub struct Answer {
+    /// The message's name, used when no acknowledgement is wanted.
+    pub name: &'static str,
+    /// The data.
+    pub data: Json,
+    /// `ok` or a code.
+    pub outcome: &'static str,
+}
+
+impl Answer {
+    /// A granted request.
+    pub fn ok(name: Name, data: Json) -> Self {
+        Self { name: name.answer(), data, outcome: "ok" }
+    }
+
+    /// A refused one; `None` for a message that is no request.
+    pub fn refusal(name: Option<Name>, refusal: &Refusal, about: &About) -> Self {
+        Self {
+            name: name.map_or("error", Name::answer),
+            data: wire::refused(refusal, about),
+            outcome: refusal.code.as_str(),
+        }
+    }
+
+    /// An unknown name or an unreadable message.
+    pub fn unknown(text: &str) -> Self {
+        // As much of the name as helps the developer and cannot hurt the reader.
+        let shown: String = text.chars().filter(|letter| !letter.is_control()).take(64).collect();
+        let message = format!("Unknown message: {shown}");
+        Self::refusal(None, &Refusal::saying(Code::InvalidRequest, message), &About::default())
+    }
+
+    /// Counts it, as the answer to a message of this name.
+    pub fn count(&self, name: Option<Name>) {
+        metrics::GATEWAY_ANSWERS.count(&[name.map_or("unknown", Name::as_str), self.outcome]);
+    }
+}
+
+/// One socket, as the rest of the gateway sees it.
+pub struct Session {
+    /// Ours; the transport's own id is a secret of its client.
+    pub id: SessionId,
+    /// Whose.
+    pub user: UserId,
+    /// The transport's session id.
+    pub sid: Box<str>,
+    /// It is being closed by us: a poll that waits ends.
+    pub closing: CancellationToken,
+    /// A poll has carried the news that the transport is closed.
+    pub told: AtomicBool,
+    /// It is over: the actor ends.
+    pub over: CancellationToken,
+    socket: Weak<Socket>,
+    /// The line of the connection that the session was opened on.
+    line: Option<Line>,
+    seat: Mutex<Option<Seat>>,
+    /// `None` when the session is over.
+    rooms: Mutex<Option<HashSet<EventId>>>,
+    mail: mpsc::Sender<(&'static str, Json)>,
+}
+
+impl fmt::Debug for Session {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Session").field("id", &self.id).field("user", &self.user).finish_non_exhaustive()
+    }
+}
+
+impl Session {
+    /// Sends unless the send buffer is full.
+    pub fn emit(&self, name: &'static str, data: &Json) -> Sent {
+        self.socket.upgrade().map_or(Sent::Gone, |socket| socket.emit(name, data).into())
+    }
+
+    /// Sends, later if the send buffer is full now.
+    pub fn deliver(&self, name: &'static str, data: &Json) {
+        if self.emit(name, data) == Sent::Full && self.mail.try_send((name, data.clone())).is_err() {
+            metrics::GATEWAY_DROPPED.count(&["personal"]);
+        }
+    }
+
+    fn acknowledge(&self, id: i64, data: &Json) -> Sent {
+        let Some(socket) = self.socket.upgrade() else { return Sent::Gone };
+        let sender = AckSender::from_message_parts(&socket, &mut Value::Str("".into(), None), &Some(id));
+        let Ok(sender) = sender;
+        sender.send(data).into()
+    }
+
+    /// Sends an answer as the client wants it, unless the send buffer is full.
+    pub fn answer(&self, answer: &Answer, ack: Option<i64>) -> Sent {
+        match ack {
+            Some(id) => self.acknowledge(id, &answer.data),
+            None => self.emit(answer.name, &answer.data),
+        }
+    }
+
+    /// Refuses a message because too many of the same socket wait already.
+    fn refuse(&self, message: &Incoming) {
+        let name = wire::split(&message.text).and_then(|(name, _)| Name::parse(&name));
+        let answer = Answer::refusal(name, &Refusal::later(INBOX_RETRY_AFTER), &About::default());
+        metrics::GATEWAY_MESSAGES.count(&[name.map_or("unknown", Name::as_str)]);
+        answer.count(name);
+        if self.answer(&answer, message.ack) == Sent::Full {
+            metrics::GATEWAY_DROPPED.count(&["answer"]);
+        }
+    }
+
+    /// Whether the session watches an event.
+    pub fn is_in(&self, event: EventId) -> bool {
+        lock(&self.rooms).as_ref().is_some_and(|rooms| rooms.contains(&event))
+    }
+
+    /// Notes a room; false when the session is over.
+    pub fn add_room(&self, event: EventId) -> bool {
+        lock(&self.rooms).as_mut().map(|rooms| rooms.insert(event)).is_some()
+    }
+
+    /// Forgets a room.
+    pub fn remove_room(&self, event: EventId) {
+        if let Some(rooms) = lock(&self.rooms).as_mut() {
+            rooms.remove(&event);
+        }
+    }
+
+    /// The rooms it was in; from now on it is in none.
+    pub fn take_rooms(&self) -> HashSet<EventId> {
+        lock(&self.rooms).take().unwrap_or_default()
+    }
+
+    /// Lets the socket into a room of the transport, unless it is gone: a late joiner would stay there for ever.
+    pub fn join(&self, room: String) {
+        if let Some(socket) = self.socket.upgrade() {
+            socket.join(room);
+            if !socket.connected() {
+                socket.leave_all();
+            }
+        }
+    }
+
+    /// Takes the socket out of a room of the transport.
+    pub fn part(&self, room: String) {
+        if let Some(socket) = self.socket.upgrade() {
+            socket.leave(room);
+        }
+    }
+}
+
+/// Held by the socket: dropped with it, whatever became of it.
+pub struct Guard {
+    session: Arc<Session>,
+    shared: Weak<Shared>,
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        if let Some(shared) = self.shared.upgrade() {
+            shared.forget(&self.session);
+        }
+    }
+}
+
+impl Shared {
+    /// Prepares a socket whose handshake is good, before it is connected: handlers are registered here because a
+    /// message may follow the connection at once.
+    pub(super) fn admit(self: &Arc<Self>, socket: &Arc<Socket>, claims: Claims, seat: Seat) {
+        let (mail, post) = mpsc::channel(MAIL_LEN_MAX);
+        let (sender, inbox) = mpsc::channel(INBOX_LEN_MAX);
+        let session = Arc::new(Session {
+            id: SessionId::generate(),
+            user: claims.user,
+            sid: socket.id.to_string().into(),
+            closing: CancellationToken::new(),
+            told: AtomicBool::new(false),
+            over: CancellationToken::new(),
+            socket: Arc::downgrade(socket),
+            line: socket.req_parts().extensions.get::<Line>().cloned(),
+            seat: Mutex::new(Some(seat)),
+            rooms: Mutex::new(Some(HashSet::new())),
+            mail,
+        });
+        let guard = Guard { session: Arc::clone(&session), shared: Arc::downgrade(self) };
+        socket.extensions.insert(Arc::new(guard));
+        let actor = Actor::new(Arc::clone(self), Arc::clone(&session), claims, inbox, post);
+        socket.extensions.insert(Arc::new(Mutex::new(Some(actor))));
+        socket.on_fallback({
+            let session = Arc::clone(&session);
+            move |message: Incoming| {
+                if let Err(TrySendError::Full(message)) = sender.try_send(message) {
+                    session.refuse(&message);
+                }
+                std::future::ready(())
+            }
+        });
+        socket.on_disconnect({
+            let (session, shared) = (Arc::clone(&session), Arc::downgrade(self));
+            move |reason: DisconnectReason| {
+                if let Some(shared) = shared.upgrade() {
+                    metrics::GATEWAY_DISCONNECTS.count(&[reason_label(reason)]);
+                    shared.forget(&session);
+                }
+                std::future::ready(())
+            }
+        });
+        socket.join(room_of_user(claims.user));
+        self.rooms.enter(&session);
+    }
+
+    /// Starts the actor of a socket that is connected now.
+    pub(super) fn begin(&self, socket: &Socket) {
+        let actor = socket.extensions.get::<Arc<Mutex<Option<Actor>>>>().and_then(|actor| lock(&actor).take());
+        if let Some(actor) = actor {
+            self.tasks.spawn(actor.live());
+        }
+    }
+
+    /// The session is over: its place is free, nothing more is sent to it, its actor ends. A repeat changes nothing.
+    pub(super) fn forget(&self, session: &Session) {
+        self.rooms.leave(session);
+        lock(&session.seat).take();
+        session.over.cancel();
+    }
+
+    /// Ends a session from our side, so that its client connects again by itself: the transport is closed, the socket
+    /// is never told to stay away.
+    pub(super) fn end(self: &Arc<Self>, session: &Arc<Session>, why: Ending) {
+        if session.closing.is_cancelled() {
+            return;
+        }
+        session.closing.cancel();
+        metrics::GATEWAY_ENDED.count(&[why.as_str()]);
+        let transport = session.socket.upgrade().map(|socket| socket.transport_type());
+        match transport {
+            Some(TransportType::Websocket) => {
+                let line = self.lines.find(&session.sid).or_else(|| session.line.clone());
+                let Some(line) = line else {
+                    tracing::error!("a connection that is not wrapped in a line cannot be closed");
+                    return;
+                };
+                if why == Ending::Slow {
+                    line.cut();
+                    return;
+                }
+                line.close();
+                self.tasks.spawn(async move {
+                    until(CLOSING, || !line.is_open()).await;
+                    line.cut();
+                });
+            }
+            Some(TransportType::Polling) => {
+                let (shared, session) = (Arc::clone(self), Arc::clone(session));
+                self.tasks.spawn(async move {
+                    // A poll that waits is told by the gate, and so is the next one: it comes within this time.
+                    until(CLOSING, || session.told.load(Ordering::Acquire)).await;
+                    shared.close_polling(&session.sid).await;
+                });
+            }
+            None => {}
+        }
+        self.forget(session);
+    }
+}
+
+/// Waits for a condition, within a limit.
+async fn until(limit: Duration, condition: impl Fn() -> bool) {
+    let end = Instant::now() + limit;
+    while !condition() && Instant::now() < end {
+        sleep(CLOSING_STEP).await;
+    }
+}

@@ -1,0 +1,175 @@
+//! Reading what clients send: strict about what the contract fixes, blind to everything else.
+
+use std::borrow::Cow;
+use std::fmt;
+
+use serde::Deserializer as _;
+use serde::de::{IgnoredAny, SeqAccess, Visitor};
+use serde_json::value::RawValue;
+use serde_json::{Map, Value};
+
+use super::{Code, Name, Refusal};
+use crate::domain::{CategoryId, EventId, LockId, Quantity, RequestId, UserId};
+
+/// What a refused or granted request was about, as far as it could be read: refusals of `lock-tickets` carry it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct About {
+    /// The event.
+    pub event: Option<EventId>,
+    /// The category.
+    pub category: Option<CategoryId>,
+    /// The client's name for the attempt.
+    pub request: Option<RequestId>,
+}
+
+/// A readable message from a client.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Request {
+    /// Show me an event.
+    Join(EventId),
+    /// No longer.
+    Leave(EventId),
+    /// Lock tickets.
+    Lock {
+        /// Of which event.
+        event: EventId,
+        /// Of which category.
+        category: CategoryId,
+        /// How many.
+        quantity: Quantity,
+        /// The client's name for the attempt.
+        request: Option<RequestId>,
+    },
+    /// Give back the lock of a category.
+    UnlockCategory(EventId, CategoryId),
+    /// Give back this lock.
+    UnlockLock(LockId),
+    /// Which locks are mine?
+    MyLocks,
+    /// Are you there?
+    Heartbeat,
+    /// Here is a new token.
+    Refresh(String),
+}
+
+/// Splits `["name", data, ...]` into the name and the first argument. The Socket.IO parser has seen that the text begins
+/// like an array with a string; the rest may be anything.
+pub fn split(text: &str) -> Option<(String, Option<Box<RawValue>>)> {
+    struct Parts;
+    impl<'de> Visitor<'de> for Parts {
+        type Value = (String, Option<Box<RawValue>>);
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("an array of a name and arguments")
+        }
+
+        fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Self::Value, A::Error> {
+            let name = seq.next_element()?.ok_or_else(|| serde::de::Error::invalid_length(0, &self))?;
+            let data = seq.next_element()?;
+            while seq.next_element::<IgnoredAny>()?.is_some() {}
+            Ok((name, data))
+        }
+    }
+    let mut json = serde_json::Deserializer::from_str(text);
+    let parts = json.deserialize_seq(Parts).ok()?;
+    json.end().ok()?;
+    Some(parts)
+}
+
+/// Reads a message of a known name, sent by `user`, who may lock at most `per_lock_max` tickets at once.
+pub fn read(name: Name, data: Option<&RawValue>, user: UserId, per_lock_max: u32) -> (About, Result<Request, Refusal>) {
+    match name {
+        Name::MyLocks => return (About::default(), Ok(Request::MyLocks)),
+        Name::Heartbeat => return (About::default(), Ok(Request::Heartbeat)),
+        Name::Join | Name::Leave | Name::Lock | Name::Unlock | Name::Refresh => {}
+    }
+    let Some(Ok(fields)) = data.map(|data| serde_json::from_str::<Map<String, Value>>(data.get())) else {
+        return (About::default(), Err(invalid("The data of a request must be an object")));
+    };
+    let fields = Fields(fields);
+    let about = About {
+        event: fields.event().ok(),
+        category: fields.category().ok(),
+        request: fields.request().ok().flatten(),
+    };
+    let request = fields.user_is(user).and_then(|()| fields.read(name, per_lock_max));
+    (about, request)
+}
+
+fn invalid(message: impl Into<Cow<'static, str>>) -> Refusal {
+    Refusal::saying(Code::InvalidRequest, message)
+}
+
+/// The fields of a request; unknown ones are ignored, `null` is the same as absent.
+struct Fields(Map<String, Value>);
+
+impl Fields {
+    fn read(&self, name: Name, per_lock_max: u32) -> Result<Request, Refusal> {
+        match name {
+            Name::Join => Ok(Request::Join(self.event()?)),
+            Name::Leave => Ok(Request::Leave(self.event()?)),
+            Name::Lock => Ok(Request::Lock {
+                event: self.event()?,
+                category: self.category()?,
+                request: self.request()?,
+                quantity: self.quantity(per_lock_max)?,
+            }),
+            Name::Unlock => match self.value("lockId") {
+                Some(Value::String(lock)) => {
+                    lock.parse().map(Request::UnlockLock).map_err(|_| Refusal::new(Code::LockNotFound))
+                }
+                Some(_) => Err(invalid("lockId must be a text")),
+                None => Ok(Request::UnlockCategory(self.event()?, self.category()?)),
+            },
+            Name::Refresh => match self.value("token") {
+                Some(Value::String(token)) => Ok(Request::Refresh(token.clone())),
+                _ => Err(invalid("token must be a text")),
+            },
+            Name::MyLocks => Ok(Request::MyLocks),
+            Name::Heartbeat => Ok(Request::Heartbeat),
+        }
+    }
+
+    fn value(&self, name: &str) -> Option<&Value> {
+        self.0.get(name).filter(|value| !value.is_null())
+    }
+
+    fn event(&self) -> Result<EventId, Refusal> {
+        let id = self.value("eventId").and_then(Value::as_u64).and_then(|id| EventId::new(id).ok());
+        id.ok_or_else(|| invalid("eventId must be an integer between 1 and 9007199254740991"))
+    }
+
+    fn category(&self) -> Result<CategoryId, Refusal> {
+        let id = self.value("categoryId").and_then(Value::as_u64).and_then(|id| CategoryId::new(id).ok());
+        id.ok_or_else(|| invalid("categoryId must be an integer between 1 and 9007199254740991"))
+    }
+
+    fn request(&self) -> Result<Option<RequestId>, Refusal> {
+        match self.value("requestId") {
+            None => Ok(None),
+            Some(Value::String(id)) => id.parse().map(Some).map_err(|error| invalid(format!("requestId {error}"))),
+            Some(_) => Err(invalid("requestId must be a text")),
+        }
+    }
+
+    fn quantity(&self, per_lock_max: u32) -> Result<Quantity, Refusal> {
+        let wrong = || invalid(format!("quantity must be an integer between 1 and {per_lock_max}"));
+        let quantity = self.value("quantity").and_then(Value::as_u64).filter(|&n| n > 0).ok_or_else(wrong)?;
+        if quantity > u64::from(per_lock_max) {
+            let message = format!("You cannot lock more than {per_lock_max} tickets at once");
+            return Err(Refusal::saying(Code::LimitExceeded, message));
+        }
+        Quantity::new(quantity).map_err(|_| wrong())
+    }
+
+    /// A user id in the data is never trusted over the token's: it must be the same or absent.
+    fn user_is(&self, user: UserId) -> Result<(), Refusal> {
+        let same = match self.value("userId") {
+            None => true,
+            Some(Value::Number(id)) => id.as_u64() == Some(user.value()),
+            Some(Value::String(id)) => id.parse() == Ok(user),
+            Some(_) => false,
+        };
+        if same { Ok(()) } else { Err(Refusal::new(Code::Unauthorized)) }
+    }
+}

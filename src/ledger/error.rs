@@ -1,0 +1,92 @@
+//! What can break between the service and its ledger. Refusals are outcomes, never errors.
+
+use std::time::Duration;
+
+/// Why the ledger gave no answer.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum LedgerError {
+    /// No answer in time: whether anything changed is unknown.
+    #[error("no answer from Redis within {0:?}")]
+    Timeout(Duration),
+    /// The connection is down or broke: whether anything changed is unknown.
+    #[error("Redis cannot be reached: {0}")]
+    Disconnected(String),
+    /// Redis answered with an error of its own (out of memory, read-only, loading, no permission).
+    #[error("Redis refused {script}: {message}")]
+    Refused {
+        /// What was being done.
+        script: &'static str,
+        /// Redis' own words.
+        message: String,
+    },
+    /// Fewer Redis replicas than asked for had the grant in time; it was undone.
+    #[error("only {got} of {wanted} Redis replicas had the lock within {within:?}; it was undone")]
+    NotReplicated {
+        /// How many should have it.
+        wanted: u32,
+        /// How many said so.
+        got: u32,
+        /// How long they had.
+        within: Duration,
+    },
+    /// Redis answered something that the script never says: a foreign script, a foreign key or a defect.
+    #[error("{script} answered {reply}, which it never does")]
+    Protocol {
+        /// What was being done.
+        script: &'static str,
+        /// The beginning of the answer.
+        reply: String,
+    },
+}
+
+/// The closed set of kinds, for metrics.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum ErrorKind {
+    /// [`LedgerError::Timeout`].
+    Timeout,
+    /// [`LedgerError::Disconnected`].
+    Disconnected,
+    /// [`LedgerError::Refused`].
+    Refused,
+    /// [`LedgerError::NotReplicated`].
+    NotReplicated,
+    /// [`LedgerError::Protocol`].
+    Protocol,
+}
+
+impl ErrorKind {
+    /// The metric label.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Timeout => "timeout",
+            Self::Disconnected => "disconnected",
+            Self::Refused => "refused",
+            Self::NotReplicated => "not_replicated",
+            Self::Protocol => "protocol",
+        }
+    }
+}
+
+impl LedgerError {
+    /// Which kind it is.
+    #[must_use]
+    pub const fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Timeout(_) => ErrorKind::Timeout,
+            Self::Disconnected(_) => ErrorKind::Disconnected,
+            Self::Refused { .. } => ErrorKind::Refused,
+            Self::NotReplicated { .. } => ErrorKind::NotReplicated,
+            Self::Protocol { .. } => ErrorKind::Protocol,
+        }
+    }
+
+    /// Whether asking again, unchanged, can help. Repeating is safe for every kind.
+    #[must_use]
+    pub const fn is_retryable(&self) -> bool {
+        match self {
+            Self::Timeout(_) | Self::Disconnected(_) | Self::Refused { .. } | Self::NotReplicated { .. } => true,
+            Self::Protocol { .. } => false,
+        }
+    }
+}

@@ -1,0 +1,75 @@
+//! Every key and channel in Redis, and nothing else makes one.
+//!
+//! All keys of one event share the hash tag `{e:<event>}`, all of one user `{u:<user>}`, the fleet's `{fleet}`: a script
+//! touches one slot. `lua/README.md` is the schema.
+
+use crate::domain::{EventId, LockId, OrderId, RequestId, UserId};
+
+/// The keys that every script of an event takes, in the order of the scripts' `KEYS`.
+pub(super) fn event(event: EventId) -> Vec<String> {
+    ["counts", "deadlines", "ended", "settling", "sold", "holders"]
+        .iter()
+        .map(|name| format!("seatlock:{{e:{event}}}:{name}"))
+        .collect()
+}
+
+/// A lock's own hash.
+pub(super) fn lock(lock: LockId) -> String {
+    format!("seatlock:{{e:{}}}:lock:{lock}", lock.event())
+}
+
+/// What is remembered of a client's request id.
+pub(super) fn request(event: EventId, user: UserId, request: &RequestId) -> String {
+    format!("seatlock:{{e:{event}}}:request:{user}:{request}")
+}
+
+/// A user's rate in an event.
+pub(super) fn rate(event: EventId, user: UserId) -> String {
+    format!("seatlock:{{e:{event}}}:rate:{user}")
+}
+
+/// What is remembered of a reported order.
+pub(super) fn order(event: EventId, order: &OrderId) -> String {
+    format!("seatlock:{{e:{event}}}:order:{order}")
+}
+
+/// The events in which a user may have locks.
+pub(super) fn user_events(user: UserId) -> String {
+    format!("seatlock:{{u:{user}}}:events")
+}
+
+/// A user's open sessions.
+pub(super) fn user_sessions(user: UserId) -> String {
+    format!("seatlock:{{u:{user}}}:sessions")
+}
+
+/// Events by when the sweep should look at them.
+pub(super) const DUE: &str = "seatlock:{fleet}:due";
+
+/// Events by when they were last touched.
+pub(super) const EVENTS: &str = "seatlock:{fleet}:events";
+
+/// Replicas by the end of their lease.
+pub(super) const LEASES: &str = "seatlock:{fleet}:leases";
+
+/// What replicas say of themselves.
+pub(super) const REPORTS: &str = "seatlock:{fleet}:reports";
+
+/// Where an event's changes are told.
+pub(super) fn event_channel(event: EventId) -> String {
+    format!("{EVENT_CHANNEL}{event}")
+}
+
+/// Where a user's messages are told.
+pub(super) fn user_channel(user: UserId) -> String {
+    format!("{USER_CHANNEL}{user}")
+}
+
+/// What every event's channel begins with.
+pub(super) const EVENT_CHANNEL: &str = "seatlock:event:";
+
+/// What every user's channel begins with; the scripts know it too.
+pub(super) const USER_CHANNEL: &str = "seatlock:user:";
+
+/// What a replica's own channel begins with: it tells itself that its subscription is alive.
+pub(super) const PROBE_CHANNEL: &str = "seatlock:probe:";

@@ -1,0 +1,154 @@
+//! The one door to lock state.
+//!
+//! [`Ledger`] is the contract. [`RedisLedger`] keeps it for a fleet: TTL keys in Redis guarded by one Lua script per
+//! transition. [`MemoryLedger`] is the model of [`crate::domain::Book`] behind a mutex: the embedded default for one
+//! replica, and the oracle that the other is compared with. No replica holds lock state outside a ledger.
+
+mod driver;
+mod error;
+mod key;
+mod memory;
+mod notice;
+mod redis;
+mod reply;
+mod script;
+mod sweep;
+
+use std::time::Duration;
+
+use async_trait::async_trait;
+use tokio::sync::mpsc;
+
+use crate::domain::{
+    AcceptOutcome, AskOutcome, Availability, ConfirmOutcome, EventId, FleetStats, Lock, LockId, LockOutcome,
+    LockRequest, OrderId, OrderOutcome, OrderReport, Personal, ReleaseOutcome, Releaser, ReplicaId, ReplicaReport,
+    SessionId, Snapshot, SnapshotNumber, UserId, ValidateOutcome, ValidateRequest,
+};
+
+pub use crate::domain::{Change, ChangeKind, Notice};
+pub use error::{ErrorKind, LedgerError};
+pub use memory::{Clock, MemoryLedger};
+pub use notice::{FeedItem, Topic};
+pub use notice::{read_change, read_personal, write_personal};
+pub use redis::{RedisClock, RedisLedger, RedisOptions};
+pub use script::{Arity, Script};
+pub use sweep::Sweeper;
+
+/// Intervals that the ledger applies by itself, the same for both implementations.
+#[derive(Debug, Clone, Copy)]
+pub struct LedgerOptions {
+    /// A confirmed lock whose order is not reported leaves `settling` after this, with a fresh snapshot.
+    pub settle_timeout: Duration,
+    /// How long before its deadline a lock's owner is warned.
+    pub expiry_warning: Duration,
+}
+
+/// How many items may wait between the ledger and the fan-out. Beyond it the feed is cut and answers with a
+/// [`FeedItem::Resync`]: 65,536 notices of about 150 bytes are 10 MiB.
+pub const FEED_LEN_MAX: usize = 65_536;
+
+/// What one sweep of the due events did and found.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Swept {
+    /// Locks that were expired.
+    pub expired: u64,
+    /// Confirmed locks that left for the settle timeout.
+    pub timed_out: u64,
+    /// Events whose stock should be asked for, because something waits to be settled by a fresh snapshot.
+    pub refresh: Vec<EventId>,
+    /// Until something is due again, as far as is known now.
+    pub next: Option<Duration>,
+}
+
+/// A user's presence after a session came or went.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Presence {
+    /// Rises with every coming and going of the user's sessions.
+    pub generation: u64,
+    /// The user's active locks, over all events.
+    pub locks: Vec<Lock>,
+}
+
+/// The contract of lock state. Every method answers within the ledger's own timeout; after an error whose
+/// [`LedgerError::is_retryable`] holds it is *unknown* whether anything changed, and repeating is safe.
+#[async_trait]
+pub trait Ledger: Send + Sync + 'static {
+    /// Grants tickets, or says why not. One step.
+    async fn lock(&self, request: &LockRequest) -> Result<LockOutcome, LedgerError>;
+
+    /// Finds the user's active lock of a category for an order and pins it.
+    async fn validate(&self, request: &ValidateRequest) -> Result<ValidateOutcome, LedgerError>;
+
+    /// Turns an active lock into a sale. `user` and `order` are checked when given.
+    async fn confirm(
+        &self,
+        lock: LockId,
+        user: Option<UserId>,
+        order: Option<&OrderId>,
+    ) -> Result<ConfirmOutcome, LedgerError>;
+
+    /// Ends a lock before its deadline.
+    async fn release(&self, lock: LockId, by: Releaser) -> Result<ReleaseOutcome, LedgerError>;
+
+    /// One lock with its final status, `None` if it never existed or ended longer ago than tombstones live.
+    async fn find(&self, lock: LockId) -> Result<Option<Lock>, LedgerError>;
+
+    /// The user's active locks in one event.
+    async fn locks_in(&self, event: EventId, user: UserId) -> Result<Vec<Lock>, LedgerError>;
+
+    /// The user's active locks over all events.
+    async fn locks_of(&self, user: UserId) -> Result<Vec<Lock>, LedgerError>;
+
+    /// The counts of every category of an event, by ascending category id; `None` when no snapshot of it younger than
+    /// `age_max` is stored.
+    async fn availability(&self, event: EventId, age_max: Duration) -> Result<Option<Vec<Availability>>, LedgerError>;
+
+    /// Draws the number under which the answer of the events-service will be handed in, unless a snapshot younger than
+    /// `age_min` is stored. Zero always draws.
+    async fn ask(&self, event: EventId, age_min: Duration) -> Result<AskOutcome, LedgerError>;
+
+    /// Stores a snapshot if none with a higher number is stored, and takes out of `settling` what it shows.
+    async fn accept(
+        &self,
+        event: EventId,
+        number: SnapshotNumber,
+        snapshot: &Snapshot,
+    ) -> Result<AcceptOutcome, LedgerError>;
+
+    /// Counts a completed or cancelled order.
+    async fn order(&self, report: &OrderReport) -> Result<OrderOutcome, LedgerError>;
+
+    /// A session of the user began: the user's abandoned locks are the user's again.
+    async fn enter(&self, user: UserId, session: SessionId) -> Result<Presence, LedgerError>;
+
+    /// A session of the user ended. If it was the last, each of the user's unpinned locks lives `grace` more at most.
+    async fn leave(&self, user: UserId, session: SessionId, grace: Duration) -> Result<(), LedgerError>;
+
+    /// Tells every socket of a user, on whichever replica.
+    async fn tell(&self, user: UserId, message: &Personal) -> Result<(), LedgerError>;
+
+    /// Expires what is due, warns owners, times settlements out. Bounded work; call it again while `next` is zero.
+    async fn sweep(&self) -> Result<Swept, LedgerError>;
+
+    /// Renews this replica's lease and says how it does.
+    async fn beat(&self, report: &ReplicaReport) -> Result<(), LedgerError>;
+
+    /// Gives the lease back at the end of a drain.
+    async fn farewell(&self, replica: ReplicaId) -> Result<(), LedgerError>;
+
+    /// Counts over the whole fleet.
+    async fn stats(&self) -> Result<FleetStats, LedgerError>;
+
+    /// One cheap round trip: can the ledger be reached now?
+    async fn ping(&self) -> Result<(), LedgerError>;
+
+    /// Starts to receive a topic's notices through the feed. Idempotent. Returns when the subscription stands, so that
+    /// a reading made afterwards misses nothing.
+    async fn subscribe(&self, topic: Topic) -> Result<(), LedgerError>;
+
+    /// Stops receiving a topic. Idempotent.
+    async fn unsubscribe(&self, topic: Topic) -> Result<(), LedgerError>;
+
+    /// The one receiver of everything subscribed, bounded by [`FEED_LEN_MAX`]. `None` after the first call.
+    fn feed(&self) -> Option<mpsc::Receiver<FeedItem>>;
+}

@@ -1,0 +1,533 @@
+//! The ledger of a fleet: TTL keys in Redis, one script for each transition.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use futures_util::future::join_all;
+use tokio::sync::mpsc;
+
+use super::driver::{Delivery, Driver};
+use super::notice::{read_change, read_personal, write_personal};
+use super::reply::{self, OrderReply, Parts};
+use super::script::{self, Script};
+use super::{FEED_LEN_MAX, FeedItem, Ledger, LedgerError, LedgerOptions, Presence, Swept, Topic, key};
+use crate::domain::{
+    AcceptOutcome, AskOutcome, Availability, ConfirmOutcome, EventId, FleetStats, Lock, LockId, LockOutcome,
+    LockRequest, OrderId, OrderOutcome, OrderReport, OrderResult, Personal, RateLimit, ReleaseOutcome, Releaser,
+    ReplicaId, ReplicaReport, SessionId, Snapshot, SnapshotNumber, UserId, ValidateOutcome, ValidateRequest, whole_ms,
+};
+use crate::metrics;
+
+/// A replica whose lease was not renewed for so long is dead. Five beats.
+const LEASE: Duration = Duration::from_secs(5);
+
+/// How many events one sweep claims, and for how long other replicas leave them alone.
+const SWEEP_EVENTS_MAX: usize = 64;
+const CLAIM: Duration = Duration::from_secs(1);
+
+/// How many of a user's events are read for one answer, and how many events for the statistics. Beyond it the latest
+/// (for a user) and the least recently touched (for the statistics) are left out.
+const USER_EVENTS_MAX: usize = 1000;
+const STATS_EVENTS_MAX: usize = 10_000;
+
+/// How many calls are on their way at once for one such answer.
+const PARALLEL: usize = 64;
+
+/// How to reach Redis.
+#[derive(Clone)]
+pub struct RedisOptions {
+    /// `redis://`, `rediss://`, `redis-sentinel://`, `redis-cluster://` or `unix:`; may hold a password.
+    pub url: String,
+    /// This process.
+    pub replica: ReplicaId,
+    /// The limit of one round trip.
+    pub timeout: Duration,
+    /// How many Redis replicas must have a grant before it is answered; 0 does not wait.
+    pub wait: u32,
+    /// Where scripts read the time.
+    pub clock: RedisClock,
+}
+
+/// Where scripts read the time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum RedisClock {
+    /// From the server's `TIME`.
+    #[default]
+    Server,
+    /// From the list `test:clock`, seconds and microseconds, so that tests can step it. Never in production: two
+    /// replicas that disagree about the clock disagree about deadlines.
+    Stepped,
+}
+
+/// See the module.
+pub struct RedisLedger {
+    driver: Arc<Driver>,
+    options: LedgerOptions,
+    replica: ReplicaId,
+    wait: u32,
+    /// How long Redis replicas have to receive a grant: half a round trip's limit, so that the answer comes in time.
+    wait_within: Duration,
+    feed: Mutex<Option<mpsc::Receiver<FeedItem>>>,
+    /// Users and sockets of the living replicas, as of the last beat.
+    fleet: Mutex<Vec<(u64, u64)>>,
+}
+
+impl RedisLedger {
+    /// A ledger that connects in the background; calls fail within the timeout until it has.
+    ///
+    /// # Errors
+    /// When the URL is not one.
+    pub fn connect(redis: &RedisOptions, options: LedgerOptions) -> Result<Self, LedgerError> {
+        let driver = Driver::connect(&redis.url, redis.timeout, redis.clock)?;
+        let deliveries = driver.deliveries(format!("{}{}", key::PROBE_CHANNEL, redis.replica));
+        let (sender, feed) = mpsc::channel(FEED_LEN_MAX);
+        tokio::spawn(read_deliveries(deliveries, sender));
+        Ok(Self {
+            driver,
+            options,
+            replica: redis.replica,
+            wait: redis.wait,
+            wait_within: redis.timeout / 2,
+            feed: Mutex::new(Some(feed)),
+            fleet: Mutex::default(),
+        })
+    }
+
+    async fn run(&self, script: &'static Script, keys: Vec<String>, args: Vec<String>) -> Result<Parts, LedgerError> {
+        Parts::new(script, self.driver.eval(script, keys, args).await?)
+    }
+
+    /// A script about one event: its six keys and its channel come first, then `keys` and `args`.
+    async fn event<const K: usize, const A: usize>(
+        &self,
+        script: &'static Script,
+        event: EventId,
+        keys: [String; K],
+        args: [String; A],
+    ) -> Result<Parts, LedgerError> {
+        let keys = key::event(event).into_iter().chain(keys).collect();
+        let args = std::iter::once(key::event_channel(event)).chain(args).collect();
+        self.run(script, keys, args).await
+    }
+
+    /// Makes sure that a sweep looks at the event by then.
+    async fn touch(&self, event: EventId, within: Duration) -> Result<(), LedgerError> {
+        let args = vec![event.to_string(), ms(within)];
+        reply::said(
+            &self.run(&script::TOUCH, vec![key::DUE.to_owned(), key::EVENTS.to_owned()], args).await?,
+            "touched",
+        )
+    }
+
+    async fn visit(&self, user: UserId, event: EventId) -> Result<(), LedgerError> {
+        let answer = self.run(&script::VISIT, vec![key::user_events(user)], vec![event.to_string()]).await?;
+        reply::said(&answer, "visited")
+    }
+
+    async fn events_of(&self, user: UserId) -> Result<Vec<EventId>, LedgerError> {
+        let members = self.driver.members(&key::user_events(user), USER_EVENTS_MAX).await?;
+        Ok(members.iter().filter_map(|text| text.parse().ok()).collect())
+    }
+
+    async fn forget(&self, user: UserId, events: &[EventId]) {
+        if events.is_empty() {
+            return;
+        }
+        let args = events.iter().map(ToString::to_string).collect();
+        // A leftover costs one read next time and ends with its key.
+        self.run(&script::FORGET, vec![key::user_events(user)], args).await.ok();
+    }
+
+    /// Reads something about a user's locks in each of the user's events, and forgets events without any.
+    async fn in_events_of<F>(&self, user: UserId, read: impl Fn(EventId) -> F) -> Result<Vec<Lock>, LedgerError>
+    where
+        F: Future<Output = Result<Vec<Lock>, LedgerError>>,
+    {
+        let events = self.events_of(user).await?;
+        let (mut locks, mut without) = (Vec::new(), Vec::new());
+        for portion in events.chunks(PARALLEL) {
+            for (event, found) in portion.iter().zip(join_all(portion.iter().map(|event| read(*event))).await) {
+                let mut found = found?;
+                if found.is_empty() {
+                    without.push(*event);
+                }
+                locks.append(&mut found);
+            }
+        }
+        self.forget(user, &without).await;
+        locks.sort_unstable_by_key(|lock| (lock.event(), lock.category));
+        Ok(locks)
+    }
+
+    async fn count_order(&self, report: &OrderReport, claim: bool) -> Result<OrderReply, LedgerError> {
+        let result = match report.result {
+            OrderResult::Completed => "completed",
+            OrderResult::Cancelled => "cancelled",
+        };
+        let args = [
+            report.order.to_string(),
+            report.category.to_string(),
+            report.quantity.to_string(),
+            report.user.to_string(),
+            text(report.lock),
+            result.to_owned(),
+            u8::from(claim).to_string(),
+        ];
+        reply::order(self.event(&script::ORDER, report.event, [key::order(report.event, &report.order)], args).await?)
+    }
+
+    /// Returns when enough Redis replicas have the grant; undoes it when they have not in time.
+    async fn make_durable(&self, lock: LockId, user: UserId) -> Result<(), LedgerError> {
+        let got = self.driver.replicated(self.wait, self.wait_within).await?;
+        if got >= self.wait {
+            return Ok(());
+        }
+        self.release(lock, Releaser::Orders { user: Some(user) }).await?;
+        Err(LedgerError::NotReplicated { wanted: self.wait, got, within: self.wait_within })
+    }
+
+    async fn sweep_event(&self, event: EventId, claimed_ms: u64) -> Result<EventSwept, LedgerError> {
+        let answer = self.event(&script::SWEEP, event, [], [ms(self.options.expiry_warning)]).await?;
+        let swept = reply::sweep(answer)?;
+        for members in swept.old.chunks(100) {
+            self.bury(event, members).await?;
+        }
+        let args = vec![event.to_string(), swept.next_ms.to_string(), claimed_ms.to_string(), ms(CLAIM)];
+        let planned = self.run(&script::PLAN, vec![key::DUE.to_owned(), key::EVENTS.to_owned()], args).await?;
+        Ok(EventSwept { event, expired: swept.expired, refresh: swept.refresh, next: reply::plan(planned)? })
+    }
+
+    async fn bury(&self, event: EventId, members: &[String]) -> Result<(), LedgerError> {
+        let of_event = key::event(event);
+        let ids = members.iter().filter_map(|member| member.split('|').next()?.parse::<LockId>().ok());
+        let keys: Vec<String> =
+            [of_event[2].clone(), of_event[5].clone()].into_iter().chain(ids.map(key::lock)).collect();
+        if keys.len() != members.len() + 2 {
+            return Err(LedgerError::Protocol { script: script::BURY.name, reply: members.join(" ") });
+        }
+        reply::said(&self.run(&script::BURY, keys, members.to_vec()).await?, "buried")
+    }
+
+    async fn report(&self, lease: Duration, report: String) -> Result<(), LedgerError> {
+        let keys = vec![key::LEASES.to_owned(), key::REPORTS.to_owned(), key::EVENTS.to_owned()];
+        let answer = self.run(&script::BEAT, keys, vec![self.replica.to_string(), ms(lease), report]).await?;
+        *self.fleet.lock().unwrap_or_else(PoisonError::into_inner) = reply::alive(answer)?;
+        Ok(())
+    }
+}
+
+impl Drop for RedisLedger {
+    fn drop(&mut self) {
+        self.driver.close();
+    }
+}
+
+struct EventSwept {
+    event: EventId,
+    expired: u64,
+    refresh: bool,
+    next: Option<Duration>,
+}
+
+#[async_trait]
+impl Ledger for RedisLedger {
+    async fn lock(&self, request: &LockRequest) -> Result<LockOutcome, LedgerError> {
+        let event = request.event();
+        let lock = key::lock(request.lock);
+        let named = request.request.as_ref().map(|name| key::request(event, request.user, name));
+        let rate = request.rate.unwrap_or(RateLimit { interval: Duration::ZERO, burst: 1 });
+        let keys = [lock.clone(), named.clone().unwrap_or(lock), key::rate(event, request.user)];
+        let args = [
+            request.lock.to_string(),
+            request.user.to_string(),
+            request.category.to_string(),
+            request.quantity.to_string(),
+            ms(request.ttl),
+            ms(request.stock_age_max),
+            request.per_event_max.unwrap_or(0).to_string(),
+            rate.interval.as_micros().to_string(),
+            rate.burst.max(1).to_string(),
+            text(request.session),
+            request.generation.to_string(),
+            if named.is_some() { "1" } else { "" }.to_owned(),
+        ];
+        // The indexes are written first (one connection keeps the order), so that they are never too small; the first
+        // thing due is the warning, or the deadline where it is too near for one.
+        let first_due = request.ttl.saturating_sub(self.options.expiry_warning);
+        let first_due = if first_due.is_zero() { request.ttl } else { first_due };
+        let (touched, visited, answer) = tokio::join!(
+            self.touch(event, first_due),
+            self.visit(request.user, event),
+            self.event(&script::LOCK, event, keys, args),
+        );
+        let outcome = reply::lock(answer?)?;
+        if matches!(outcome, LockOutcome::Granted(_)) {
+            // A lock that no index knows expires unannounced and is not found after a reconnect. The client repeats.
+            touched?;
+            visited?;
+        }
+        if self.wait > 0
+            && let LockOutcome::Granted(grant) | LockOutcome::GrantedBefore(grant) = &outcome
+        {
+            self.make_durable(grant.lock, request.user).await?;
+        }
+        Ok(outcome)
+    }
+
+    async fn validate(&self, request: &ValidateRequest) -> Result<ValidateOutcome, LedgerError> {
+        let args =
+            [request.user.to_string(), request.category.to_string(), request.quantity.to_string(), ms(request.window)];
+        reply::validate(self.event(&script::VALIDATE, request.event, [], args).await?)
+    }
+
+    async fn confirm(
+        &self,
+        lock: LockId,
+        user: Option<UserId>,
+        order: Option<&OrderId>,
+    ) -> Result<ConfirmOutcome, LedgerError> {
+        let event = lock.event();
+        self.touch(event, self.options.settle_timeout).await?;
+        let own = key::lock(lock);
+        let keys = [own.clone(), order.map_or(own, |order| key::order(event, order))];
+        let args = [lock.to_string(), text(user), text(order), ms(self.options.settle_timeout)];
+        let (outcome, reported) = reply::confirm(&self.event(&script::CONFIRM, event, keys, args).await?)?;
+        if reported && let (Some(order), Some(found)) = (order, self.find(lock).await?) {
+            // Counted again by the order's own record; the part that matters is which lock it used.
+            let report = OrderReport {
+                order: order.clone(),
+                event,
+                category: found.category,
+                quantity: found.quantity,
+                user: found.user,
+                lock: Some(lock),
+                result: OrderResult::Completed,
+            };
+            self.count_order(&report, false).await?;
+        }
+        Ok(outcome)
+    }
+
+    async fn release(&self, lock: LockId, by: Releaser) -> Result<ReleaseOutcome, LedgerError> {
+        let (releaser, user, session) = match by {
+            Releaser::Owner { user, session } => ("owner", Some(user), session),
+            Releaser::Orders { user } => ("orders", user, None),
+        };
+        let args = [lock.to_string(), releaser.to_owned(), text(user), text(session)];
+        let answer = self.event(&script::RELEASE, lock.event(), [key::lock(lock)], args).await?;
+        reply::release(answer, lock)
+    }
+
+    async fn find(&self, lock: LockId) -> Result<Option<Lock>, LedgerError> {
+        let answer = self.event(&script::FIND, lock.event(), [key::lock(lock)], [lock.to_string()]).await?;
+        reply::find(answer, lock)
+    }
+
+    async fn locks_in(&self, event: EventId, user: UserId) -> Result<Vec<Lock>, LedgerError> {
+        reply::locks(self.event(&script::LOCKS, event, [], [user.to_string()]).await?, user)
+    }
+
+    async fn locks_of(&self, user: UserId) -> Result<Vec<Lock>, LedgerError> {
+        self.in_events_of(user, |event| self.locks_in(event, user)).await
+    }
+
+    async fn availability(&self, event: EventId, age_max: Duration) -> Result<Option<Vec<Availability>>, LedgerError> {
+        reply::availability(self.event(&script::AVAILABILITY, event, [], [ms(age_max)]).await?, event)
+    }
+
+    async fn ask(&self, event: EventId, age_min: Duration) -> Result<AskOutcome, LedgerError> {
+        let (outcome, timed_out) = reply::ask(self.event(&script::ASK, event, [], [ms(age_min)]).await?)?;
+        if timed_out > 0 {
+            metrics::LEDGER_SETTLE_TIMEOUTS.add(&[], timed_out);
+            tracing::warn!(%event, locks = timed_out, "confirmed locks whose order was never reported leave settlement");
+        }
+        Ok(outcome)
+    }
+
+    async fn accept(
+        &self,
+        event: EventId,
+        number: SnapshotNumber,
+        snapshot: &Snapshot,
+    ) -> Result<AcceptOutcome, LedgerError> {
+        let mut args = vec![key::event_channel(event), number.0.to_string()];
+        for told in &snapshot.categories {
+            let open = u8::from(told.open && snapshot.open);
+            args.extend([told.category.to_string(), told.total.to_string(), told.stock.to_string(), open.to_string()]);
+        }
+        reply::accept(&self.run(&script::ACCEPT, key::event(event), args).await?)
+    }
+
+    async fn order(&self, report: &OrderReport) -> Result<OrderOutcome, LedgerError> {
+        self.touch(report.event, Duration::ZERO).await?;
+        let mut answer = self.count_order(report, true).await?;
+        if let OrderReply::ConfirmFirst(lock) = answer {
+            self.confirm(lock, Some(report.user), Some(&report.order)).await?;
+            answer = self.count_order(report, false).await?;
+        }
+        match answer {
+            OrderReply::Noted => Ok(OrderOutcome::Noted),
+            OrderReply::Repeated => Ok(OrderOutcome::Repeated),
+            OrderReply::AfterCancel => Ok(OrderOutcome::AfterCancel),
+            OrderReply::ConfirmFirst(lock) => {
+                let reply = format!("confirm_first {lock}");
+                Err(LedgerError::Protocol { script: script::ORDER.name, reply })
+            }
+        }
+    }
+
+    async fn enter(&self, user: UserId, session: SessionId) -> Result<Presence, LedgerError> {
+        let args = vec![session.to_string(), self.replica.to_string()];
+        let generation = reply::entered(self.run(&script::ENTER, vec![key::user_sessions(user)], args).await?)?;
+        let adopt = |event| async move {
+            let args = [user.to_string(), generation.to_string()];
+            reply::locks(self.event(&script::ADOPT, event, [], args).await?, user)
+        };
+        let locks = self.in_events_of(user, adopt).await?;
+        Ok(Presence { generation, locks })
+    }
+
+    async fn leave(&self, user: UserId, session: SessionId, grace: Duration) -> Result<(), LedgerError> {
+        let answer = self.run(&script::LEAVE, vec![key::user_sessions(user)], vec![session.to_string()]).await?;
+        let (generation, remaining) = reply::left(answer)?;
+        if remaining > 0 {
+            return Ok(());
+        }
+        for portion in self.events_of(user).await?.chunks(PARALLEL) {
+            let abandon = |event: &EventId| {
+                let event = *event;
+                async move {
+                    self.touch(event, grace).await?;
+                    let args = [user.to_string(), generation.to_string(), ms(grace)];
+                    reply::said(&self.event(&script::ABANDON, event, [], args).await?, "abandoned")
+                }
+            };
+            for done in join_all(portion.iter().map(abandon)).await {
+                done?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn tell(&self, user: UserId, message: &Personal) -> Result<(), LedgerError> {
+        self.driver.publish(&key::user_channel(user), &write_personal(message)).await
+    }
+
+    async fn sweep(&self) -> Result<Swept, LedgerError> {
+        let args = vec![SWEEP_EVENTS_MAX.to_string(), ms(CLAIM)];
+        let (claimed_ms, next_ms, events) = reply::due(self.run(&script::DUE, vec![key::DUE.to_owned()], args).await?)?;
+        let mut swept = Swept::default();
+        let mut next = u64::try_from(next_ms).ok().map(Duration::from_millis);
+        for one in join_all(events.into_iter().map(|event| self.sweep_event(event, claimed_ms))).await {
+            let one = one?;
+            swept.expired += one.expired;
+            if one.refresh {
+                swept.refresh.push(one.event);
+            }
+            next = [next, one.next].into_iter().flatten().min();
+        }
+        swept.next = next;
+        Ok(swept)
+    }
+
+    async fn beat(&self, report: &ReplicaReport) -> Result<(), LedgerError> {
+        self.report(LEASE, format!("{} {}", report.users, report.sockets)).await
+    }
+
+    async fn farewell(&self, _replica: ReplicaId) -> Result<(), LedgerError> {
+        self.report(Duration::ZERO, String::new()).await
+    }
+
+    async fn stats(&self) -> Result<FleetStats, LedgerError> {
+        let mut fleet = FleetStats::default();
+        for (users, sockets) in self.fleet.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+            fleet.replicas += 1;
+            fleet.users += users;
+            fleet.sockets += sockets;
+        }
+        let members = self.driver.members(key::EVENTS, STATS_EVENTS_MAX).await?;
+        let events: Vec<EventId> = members.iter().filter_map(|text| text.parse().ok()).collect();
+        for portion in events.chunks(PARALLEL) {
+            let tally = |event: &EventId| {
+                let keys = key::event(*event);
+                self.run(&script::TALLY, keys[..2].to_vec(), Vec::new())
+            };
+            for answer in join_all(portion.iter().map(tally)).await {
+                fleet.add(reply::tally(answer?)?);
+            }
+        }
+        Ok(fleet)
+    }
+
+    async fn ping(&self) -> Result<(), LedgerError> {
+        self.driver.ping().await
+    }
+
+    async fn subscribe(&self, topic: Topic) -> Result<(), LedgerError> {
+        self.driver.subscribe(channel(topic)).await
+    }
+
+    async fn unsubscribe(&self, topic: Topic) -> Result<(), LedgerError> {
+        self.driver.unsubscribe(channel(topic)).await
+    }
+
+    fn feed(&self) -> Option<mpsc::Receiver<FeedItem>> {
+        self.feed.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+}
+
+/// Turns what the subscription delivers into feed items. A full feed drops and says so with a resync.
+async fn read_deliveries(mut deliveries: mpsc::Receiver<Delivery>, feed: mpsc::Sender<FeedItem>) {
+    let mut gap = false;
+    while let Some(delivery) = deliveries.recv().await {
+        if gap && feed.try_send(FeedItem::Resync).is_ok() {
+            gap = false;
+        }
+        let item = match delivery {
+            Delivery::Gap => FeedItem::Resync,
+            Delivery::Message { channel, text } => {
+                let Some(item) = read_message(&channel, &text) else {
+                    metrics::LEDGER_NOTICES_UNREADABLE.count(&[]);
+                    tracing::debug!(channel, "a notice that does not read as one");
+                    continue;
+                };
+                item
+            }
+        };
+        match feed.try_send(item) {
+            Ok(()) => {}
+            Err(mpsc::error::TrySendError::Full(_)) => {
+                metrics::LEDGER_NOTICES_LOST.count(&[]);
+                gap = true;
+            }
+            Err(mpsc::error::TrySendError::Closed(_)) => return,
+        }
+    }
+}
+
+fn read_message(channel: &str, text: &str) -> Option<FeedItem> {
+    if let Some(event) = channel.strip_prefix(key::EVENT_CHANNEL) {
+        read_change(event.parse().ok()?, text).map(FeedItem::Changed)
+    } else {
+        let user = channel.strip_prefix(key::USER_CHANNEL)?.parse().ok()?;
+        read_personal(text).map(|message| FeedItem::Personal(user, message))
+    }
+}
+
+fn channel(topic: Topic) -> String {
+    match topic {
+        Topic::Event(event) => key::event_channel(event),
+        Topic::User(user) => key::user_channel(user),
+    }
+}
+
+/// Whole milliseconds, as scripts take them.
+fn ms(interval: Duration) -> String {
+    whole_ms(interval).to_string()
+}
+
+/// "" for nothing: how scripts are told that a caller does not say.
+fn text(value: Option<impl ToString>) -> String {
+    value.map_or_else(String::new, |value| value.to_string())
+}

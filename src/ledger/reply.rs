@@ -1,0 +1,387 @@
+//! Reads what scripts answer. A reply is a list that begins with a word; an unknown word or a missing part is a protocol
+//! error, never a guess.
+
+use std::str::FromStr;
+use std::time::Duration;
+
+use super::LedgerError;
+use super::driver::Reply;
+use super::script::Script;
+use crate::domain::{
+    AcceptOutcome, AskOutcome, Availability, BookStats, CategoryId, ConfirmOutcome, EventId, Grant, Instant, Lock,
+    LockId, LockOutcome, LockStatus, Quantity, ReleaseOutcome, SnapshotNumber, UserId, ValidateOutcome,
+};
+
+/// A reply being read, front to back.
+pub(super) struct Parts {
+    script: &'static str,
+    whole: String,
+    word: String,
+    rest: std::vec::IntoIter<Reply>,
+}
+
+impl Parts {
+    /// Splits a reply into its word and the rest.
+    pub(super) fn new(script: &'static Script, reply: Reply) -> Result<Self, LedgerError> {
+        let mut whole = format!("{reply:?}");
+        whole.truncate(whole.char_indices().nth(200).map_or(whole.len(), |(at, _)| at));
+        let Reply::Array(parts) = reply else {
+            return Err(LedgerError::Protocol { script: script.name, reply: whole });
+        };
+        let mut parts = Self { script: script.name, whole, word: String::new(), rest: parts.into_iter() };
+        parts.word = parts.text()?;
+        Ok(parts)
+    }
+
+    pub(super) fn word(&self) -> &str {
+        &self.word
+    }
+
+    /// The error for a reply that says something else than the script documents.
+    pub(super) fn unexpected(&self) -> LedgerError {
+        LedgerError::Protocol { script: self.script, reply: self.whole.clone() }
+    }
+
+    fn next(&mut self) -> Result<Reply, LedgerError> {
+        self.rest.next().ok_or_else(|| LedgerError::Protocol { script: self.script, reply: self.whole.clone() })
+    }
+
+    pub(super) fn text(&mut self) -> Result<String, LedgerError> {
+        self.next()?.into_string().ok_or_else(|| self.unexpected())
+    }
+
+    /// A part that reads as `T`: numbers, ids.
+    pub(super) fn read<T: FromStr>(&mut self) -> Result<T, LedgerError> {
+        self.text()?.parse().map_err(|_| self.unexpected())
+    }
+
+    pub(super) fn instant(&mut self) -> Result<Instant, LedgerError> {
+        // Scores of sorted sets may come as "1.5e+12"-like texts in old protocols; ours are integers throughout.
+        self.read().map(Instant::from_ms)
+    }
+
+    pub(super) fn quantity(&mut self) -> Result<Quantity, LedgerError> {
+        let value = self.read()?;
+        Quantity::new(value).map_err(|_| self.unexpected())
+    }
+
+    /// The remaining parts, each a list of its own.
+    pub(super) fn lists(&mut self) -> Result<Vec<Self>, LedgerError> {
+        let mut lists = Vec::with_capacity(self.rest.len());
+        while let Some(reply) = self.rest.next() {
+            let Reply::Array(parts) = reply else { return Err(self.unexpected()) };
+            let (script, whole) = (self.script, self.whole.clone());
+            lists.push(Self { script, whole, word: String::new(), rest: parts.into_iter() });
+        }
+        Ok(lists)
+    }
+
+    /// The remaining parts as texts.
+    pub(super) fn texts(&mut self) -> Result<Vec<String>, LedgerError> {
+        let mut texts = Vec::with_capacity(self.rest.len());
+        while self.rest.len() > 0 {
+            texts.push(self.text()?);
+        }
+        Ok(texts)
+    }
+}
+
+/// "stock total open active settling version" of a category.
+pub(super) fn counts(event: EventId, category: CategoryId, text: &str, at: Instant) -> Option<Availability> {
+    let mut words = text.split(' ');
+    let mut number = || words.next()?.parse::<u64>().ok();
+    let (stock, total, open, active, settling, version) =
+        (number()?, number()?, number()?, number()?, number()?, number()?);
+    let open = match open {
+        0 => false,
+        1 => true,
+        _ => return None,
+    };
+    words.next().is_none().then_some(Availability {
+        event,
+        category,
+        total,
+        stock,
+        active,
+        settling,
+        open,
+        version,
+        at,
+    })
+}
+
+pub(super) fn lock(mut parts: Parts) -> Result<LockOutcome, LedgerError> {
+    let outcome = match parts.word() {
+        "granted" => LockOutcome::Granted(grant(&mut parts)?),
+        "granted_before" => LockOutcome::GrantedBefore(grant(&mut parts)?),
+        "request_ended" => LockOutcome::RequestEnded { lock: parts.read()? },
+        "request_mismatch" => LockOutcome::RequestMismatch,
+        "stock_unknown" => LockOutcome::StockUnknown,
+        "rate_limited" => LockOutcome::RateLimited { retry_after: Duration::from_micros(parts.read()?) },
+        "category_not_found" => LockOutcome::CategoryNotFound,
+        "closed" => LockOutcome::Closed,
+        "already_locked" => LockOutcome::AlreadyLocked { lock: parts.read()? },
+        "limit_exceeded" => LockOutcome::LimitExceeded { held: parts.read()? },
+        "insufficient" => LockOutcome::Insufficient { available: parts.read()? },
+        "sold_out" => LockOutcome::SoldOut,
+        _ => return Err(parts.unexpected()),
+    };
+    Ok(outcome)
+}
+
+fn grant(parts: &mut Parts) -> Result<Grant, LedgerError> {
+    Ok(Grant {
+        lock: parts.read()?,
+        deadline: parts.instant()?,
+        available: parts.read()?,
+        version: parts.read()?,
+        now: parts.instant()?,
+    })
+}
+
+pub(super) fn validate(mut parts: Parts) -> Result<ValidateOutcome, LedgerError> {
+    match parts.word() {
+        "valid" => Ok(ValidateOutcome::Valid { lock: parts.read()?, deadline: parts.instant()? }),
+        "not_found" => Ok(ValidateOutcome::NotFound),
+        "expired" => Ok(ValidateOutcome::Expired),
+        _ => Err(parts.unexpected()),
+    }
+}
+
+/// The outcome, and whether the order was reported before its lock was confirmed.
+pub(super) fn confirm(parts: &Parts) -> Result<(ConfirmOutcome, bool), LedgerError> {
+    match parts.word() {
+        "confirmed" => Ok((ConfirmOutcome::Confirmed, false)),
+        "confirmed_reported" => Ok((ConfirmOutcome::Confirmed, true)),
+        "already_confirmed" => Ok((ConfirmOutcome::AlreadyConfirmed, false)),
+        "other_order" => Ok((ConfirmOutcome::OtherOrder, false)),
+        "wrong_user" => Ok((ConfirmOutcome::WrongUser, false)),
+        "expired" => Ok((ConfirmOutcome::Expired, false)),
+        "released" => Ok((ConfirmOutcome::Released, false)),
+        "not_found" => Ok((ConfirmOutcome::NotFound, false)),
+        _ => Err(parts.unexpected()),
+    }
+}
+
+pub(super) fn release(mut parts: Parts, id: LockId) -> Result<ReleaseOutcome, LedgerError> {
+    match parts.word() {
+        "released" => Ok(ReleaseOutcome::Released(released_lock(&mut parts, id)?)),
+        "already_released" => Ok(ReleaseOutcome::AlreadyReleased(released_lock(&mut parts, id)?)),
+        "released_by_other" => Ok(ReleaseOutcome::ReleasedByOther),
+        "confirmed" => Ok(ReleaseOutcome::Confirmed),
+        "wrong_user" => Ok(ReleaseOutcome::WrongUser),
+        "expired" => Ok(ReleaseOutcome::Expired),
+        "not_found" => Ok(ReleaseOutcome::NotFound),
+        _ => Err(parts.unexpected()),
+    }
+}
+
+fn released_lock(parts: &mut Parts, id: LockId) -> Result<Lock, LedgerError> {
+    Ok(Lock {
+        id,
+        user: parts.read()?,
+        category: parts.read()?,
+        quantity: parts.quantity()?,
+        created_at: parts.instant()?,
+        deadline: parts.instant()?,
+        status: LockStatus::Released,
+        version: None,
+        session: parts.text()?.parse().ok(),
+        order: parts.text()?.parse().ok(),
+    })
+}
+
+pub(super) fn find(mut parts: Parts, id: LockId) -> Result<Option<Lock>, LedgerError> {
+    match parts.word() {
+        "found" => {
+            let status = match parts.text()?.as_str() {
+                "active" => LockStatus::Active,
+                "confirmed" => LockStatus::Confirmed,
+                "released" => LockStatus::Released,
+                "expired" => LockStatus::Expired,
+                _ => return Err(parts.unexpected()),
+            };
+            Ok(Some(Lock {
+                id,
+                user: parts.read()?,
+                category: parts.read()?,
+                quantity: parts.quantity()?,
+                created_at: parts.instant()?,
+                deadline: parts.instant()?,
+                status,
+                version: Some(parts.read()?),
+                session: parts.text()?.parse().ok(),
+                order: parts.text()?.parse().ok(),
+            }))
+        }
+        "not_found" => Ok(None),
+        _ => Err(parts.unexpected()),
+    }
+}
+
+/// Active locks of one user, from `locks` and `adopt`.
+pub(super) fn locks(mut parts: Parts, user: UserId) -> Result<Vec<Lock>, LedgerError> {
+    if !matches!(parts.word(), "locks" | "adopted") {
+        return Err(parts.unexpected());
+    }
+    let mut locks = Vec::new();
+    for mut lock in parts.lists()? {
+        locks.push(Lock {
+            id: lock.read()?,
+            user,
+            category: lock.read()?,
+            quantity: lock.quantity()?,
+            created_at: lock.instant()?,
+            deadline: lock.instant()?,
+            status: LockStatus::Active,
+            version: None,
+            session: None,
+            order: None,
+        });
+    }
+    locks.sort_unstable_by_key(|lock| lock.category);
+    Ok(locks)
+}
+
+pub(super) fn availability(mut parts: Parts, event: EventId) -> Result<Option<Vec<Availability>>, LedgerError> {
+    match parts.word() {
+        "known" => {
+            let at = parts.instant()?;
+            let mut categories = Vec::new();
+            for mut row in parts.lists()? {
+                let (category, text) = (row.read()?, row.text()?);
+                categories.push(counts(event, category, &text, at).ok_or_else(|| row.unexpected())?);
+            }
+            categories.sort_unstable_by_key(|row| row.category);
+            Ok(Some(categories))
+        }
+        "stock_unknown" => Ok(None),
+        _ => Err(parts.unexpected()),
+    }
+}
+
+/// The outcome, and how many settlements timed out.
+pub(super) fn ask(mut parts: Parts) -> Result<(AskOutcome, u64), LedgerError> {
+    match parts.word() {
+        "ask" => Ok((AskOutcome::Ask(SnapshotNumber(parts.read()?)), parts.read()?)),
+        "fresh" => Ok((AskOutcome::Fresh, 0)),
+        _ => Err(parts.unexpected()),
+    }
+}
+
+pub(super) fn accept(parts: &Parts) -> Result<AcceptOutcome, LedgerError> {
+    match parts.word() {
+        "accepted" => Ok(AcceptOutcome::Accepted),
+        "older" => Ok(AcceptOutcome::Older),
+        _ => Err(parts.unexpected()),
+    }
+}
+
+/// What `order` says.
+pub(super) enum OrderReply {
+    Noted,
+    Repeated,
+    AfterCancel,
+    ConfirmFirst(LockId),
+}
+
+pub(super) fn order(mut parts: Parts) -> Result<OrderReply, LedgerError> {
+    match parts.word() {
+        "noted" => Ok(OrderReply::Noted),
+        "repeated" => Ok(OrderReply::Repeated),
+        "after_cancel" => Ok(OrderReply::AfterCancel),
+        "confirm_first" => Ok(OrderReply::ConfirmFirst(parts.read()?)),
+        _ => Err(parts.unexpected()),
+    }
+}
+
+/// What `sweep` says about one event.
+pub(super) struct EventSweep {
+    pub(super) expired: u64,
+    pub(super) refresh: bool,
+    /// Until something is due there again, ms; -1 when nothing is.
+    pub(super) next_ms: i64,
+    pub(super) old: Vec<String>,
+}
+
+pub(super) fn sweep(mut parts: Parts) -> Result<EventSweep, LedgerError> {
+    if parts.word() != "swept" {
+        return Err(parts.unexpected());
+    }
+    let (expired, refresh, next_ms) = (parts.read()?, parts.read::<u8>()? == 1, parts.read()?);
+    let old = match parts.lists()?.pop() {
+        Some(mut members) => members.texts()?,
+        None => return Err(parts.unexpected()),
+    };
+    Ok(EventSweep { expired, refresh, next_ms, old })
+}
+
+pub(super) fn tally(mut parts: Parts) -> Result<BookStats, LedgerError> {
+    if parts.word() != "tally" {
+        return Err(parts.unexpected());
+    }
+    Ok(BookStats {
+        active: parts.read()?,
+        expired: parts.read()?,
+        confirmed: parts.read()?,
+        released: parts.read()?,
+        users: parts.read()?,
+        categories: parts.read()?,
+    })
+}
+
+/// The claim's score, until the next unclaimed event is due (ms, -1 for never), and the claimed events.
+pub(super) fn due(mut parts: Parts) -> Result<(u64, i64, Vec<EventId>), LedgerError> {
+    if parts.word() != "due" {
+        return Err(parts.unexpected());
+    }
+    let (next_ms, claimed) = (parts.read()?, parts.read()?);
+    let mut events = Vec::new();
+    for text in parts.texts()? {
+        events.push(text.parse().map_err(|_| parts.unexpected())?);
+    }
+    Ok((claimed, next_ms, events))
+}
+
+/// How long until the event is looked at again, `None` when it was dropped.
+pub(super) fn plan(mut parts: Parts) -> Result<Option<Duration>, LedgerError> {
+    match parts.word() {
+        "planned" => Ok(Some(Duration::from_millis(parts.read()?))),
+        "dropped" => Ok(None),
+        _ => Err(parts.unexpected()),
+    }
+}
+
+/// The generation and how many other sessions of the user are open.
+pub(super) fn left(mut parts: Parts) -> Result<(u64, u64), LedgerError> {
+    match parts.word() {
+        "left" => Ok((parts.read()?, parts.read()?)),
+        _ => Err(parts.unexpected()),
+    }
+}
+
+pub(super) fn entered(mut parts: Parts) -> Result<u64, LedgerError> {
+    match parts.word() {
+        "entered" => parts.read(),
+        _ => Err(parts.unexpected()),
+    }
+}
+
+/// Users and sockets of each living replica.
+pub(super) fn alive(mut parts: Parts) -> Result<Vec<(u64, u64)>, LedgerError> {
+    if parts.word() != "alive" {
+        return Err(parts.unexpected());
+    }
+    let mut reports = Vec::new();
+    for text in parts.texts()? {
+        let report =
+            text.split_once(' ').and_then(|(users, sockets)| Some((users.parse().ok()?, sockets.parse().ok()?)));
+        reports.push(report.ok_or_else(|| parts.unexpected())?);
+    }
+    Ok(reports)
+}
+
+/// Checks the word of a script that says only one.
+pub(super) fn said(parts: &Parts, word: &str) -> Result<(), LedgerError> {
+    if parts.word() == word { Ok(()) } else { Err(parts.unexpected()) }
+}

@@ -1,0 +1,94 @@
+//! The scripts: one file of `lua/` for each transition, compiled in.
+
+use std::sync::OnceLock;
+
+/// How many keys or arguments a script takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Arity {
+    /// Exactly so many.
+    Exactly(usize),
+    /// At least so many; the last documented one repeats.
+    AtLeast(usize),
+}
+
+impl Arity {
+    pub(super) const fn admits(self, count: usize) -> bool {
+        match self {
+            Self::Exactly(n) => count == n,
+            Self::AtLeast(n) => count >= n,
+        }
+    }
+}
+
+/// One script and what it takes.
+#[derive(Debug)]
+pub struct Script {
+    /// The file's name without its ending; also the metric label.
+    pub name: &'static str,
+    /// Its KEYS.
+    pub keys: Arity,
+    /// Its ARGV.
+    pub args: Arity,
+    /// The text that Redis gets.
+    pub source: &'static str,
+    sha: OnceLock<String>,
+}
+
+impl Script {
+    const fn new(name: &'static str, keys: Arity, args: Arity, source: &'static str) -> Self {
+        Self { name, keys, args, source, sha: OnceLock::new() }
+    }
+
+    /// The lower-case hexadecimal SHA-1 that EVALSHA names it by.
+    pub fn sha(&self) -> &str {
+        self.sha.get_or_init(|| super::driver::sha1(self.source))
+    }
+
+    /// The same script on the clock of [`super::RedisClock::Stepped`].
+    pub(super) fn on_stepped_clock(&self) -> String {
+        self.source.replace("redis.call('TIME')", "redis.call('LRANGE', 'test:clock', 0, 1)")
+    }
+}
+
+macro_rules! scripts {
+    ($($ident:ident = $name:literal $prelude:ident ($keys:expr, $args:expr);)*) => {
+        $(pub(super) static $ident: Script = Script::new($name, $keys, $args, scripts!(@$prelude $name));)*
+
+        impl Script {
+            /// Every script there is.
+            pub const ALL: &[&Self] = &[$(&$ident),*];
+        }
+    };
+    (@event $name:literal) => {
+        concat!(include_str!("../../lua/_prelude.lua"), "\n", include_str!(concat!("../../lua/", $name, ".lua")))
+    };
+    (@alone $name:literal) => { include_str!(concat!("../../lua/", $name, ".lua")) };
+}
+
+use Arity::{AtLeast, Exactly};
+
+scripts! {
+    LOCK = "lock" event (Exactly(9), Exactly(13));
+    VALIDATE = "validate" event (Exactly(6), Exactly(5));
+    CONFIRM = "confirm" event (Exactly(8), Exactly(5));
+    RELEASE = "release" event (Exactly(7), Exactly(5));
+    FIND = "find" event (Exactly(7), Exactly(2));
+    LOCKS = "locks" event (Exactly(6), Exactly(2));
+    AVAILABILITY = "availability" event (Exactly(6), Exactly(2));
+    ASK = "ask" event (Exactly(6), Exactly(2));
+    ACCEPT = "accept" event (Exactly(6), AtLeast(2));
+    ORDER = "order" event (Exactly(7), Exactly(8));
+    ADOPT = "adopt" event (Exactly(6), Exactly(3));
+    ABANDON = "abandon" event (Exactly(6), Exactly(4));
+    SWEEP = "sweep" event (Exactly(6), Exactly(2));
+    BURY = "bury" alone (AtLeast(3), AtLeast(1));
+    TALLY = "tally" alone (Exactly(2), Exactly(0));
+    TOUCH = "touch" alone (Exactly(2), Exactly(2));
+    DUE = "due" alone (Exactly(1), Exactly(2));
+    PLAN = "plan" alone (Exactly(2), Exactly(4));
+    VISIT = "visit" alone (Exactly(1), Exactly(1));
+    FORGET = "forget" alone (Exactly(1), AtLeast(1));
+    ENTER = "enter" alone (Exactly(1), Exactly(2));
+    LEAVE = "leave" alone (Exactly(1), Exactly(1));
+    BEAT = "beat" alone (Exactly(3), Exactly(3));
+}

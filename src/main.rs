@@ -1,0 +1,63 @@
+//! The process: read the configuration, start logging, serve, drain, say how it went.
+
+use std::{env, fmt::Display, io::Write, process::ExitCode};
+
+use seatlock::{
+    app::{self, End, StartError},
+    config::{self, Config, Invocation, LogFormat},
+    shutdown::{Shutdown, Signals},
+    telemetry,
+};
+
+/// The exit codes of `sysexits.h`; `--help` explains them.
+const USAGE: u8 = 64;
+const UNAVAILABLE: u8 = 69;
+const SOFTWARE: u8 = 70;
+
+fn main() -> ExitCode {
+    match config::parse(env::args_os(), env::vars_os()) {
+        Ok(Invocation::Run(config)) => serve(*config),
+        Ok(Invocation::Print(text)) => {
+            // Whoever closed the pipe does not want the rest.
+            let _ = std::io::stdout().write_all(text.as_bytes());
+            ExitCode::SUCCESS
+        }
+        Err(mistakes) => fail(USAGE, mistakes),
+    }
+}
+
+fn serve(config: Config) -> ExitCode {
+    if let Err(error) = telemetry::install(&config.log, config.log_format == LogFormat::Json) {
+        return fail(SOFTWARE, error);
+    }
+    for warning in &config.warnings {
+        tracing::warn!("{warning}");
+    }
+    let runtime = match tokio::runtime::Runtime::new() {
+        Ok(runtime) => runtime,
+        Err(error) => return fail(SOFTWARE, error),
+    };
+    let ended = runtime.block_on(async {
+        let shutdown = Shutdown::new();
+        match Signals::take() {
+            Ok(signals) => tokio::spawn(signals.drive(shutdown.clone())),
+            Err(error) => return fail(SOFTWARE, error),
+        };
+        match app::run(config, shutdown).await {
+            Ok(End::Clean) => ExitCode::SUCCESS,
+            Ok(End::Cut) => ExitCode::from(SOFTWARE),
+            Err(error @ (StartError::Setting { .. } | StartError::Catalogue(_))) => fail(USAGE, error),
+            Err(error @ StartError::Listen { .. }) => fail(UNAVAILABLE, error),
+            Err(error @ StartError::Metrics(_)) => fail(SOFTWARE, error),
+        }
+    });
+    // What is still running was given up by the drain; nothing waits for it.
+    runtime.shutdown_background();
+    ended
+}
+
+/// Says why on standard error, in words for people whatever the log's format is.
+fn fail(code: u8, why: impl Display) -> ExitCode {
+    let _ = writeln!(std::io::stderr(), "seatlock: {why}");
+    ExitCode::from(code)
+}

@@ -1,0 +1,477 @@
+//! One test body for both ledgers: whatever the model answers, the scripts answer.
+
+use std::time::Duration;
+
+use seatlock::domain::{
+    AcceptOutcome, AskOutcome, ConfirmOutcome, LockId, LockOutcome, LockStatus, OrderOutcome, OrderResult, Personal,
+    RateLimit, ReleaseOutcome, ReleaseReason, Releaser, SessionId, SnapshotNumber, ValidateOutcome, ValidateRequest,
+};
+use seatlock::ledger::{ChangeKind, FeedItem, Topic};
+
+use crate::support::ledger::{
+    SETTLE, Stepped, TTL, WARNING, category, event, order_id, quantity, report, request, snapshot, user,
+};
+
+const MS: Duration = Duration::from_millis(1);
+const GRACE: Duration = Duration::from_secs(15);
+
+/// Runs one body on the model and on Redis.
+macro_rules! on_both {
+    ($($(#[$doc:meta])* async fn $name:ident($on:ident: &Stepped) $body:block)*) => {
+        $(
+            mod $name {
+                use super::*;
+
+                async fn body($on: &Stepped) $body
+
+                $(#[$doc])*
+                #[tokio::test]
+                async fn memory() {
+                    body(&Stepped::memory()).await;
+                }
+
+                $(#[$doc])*
+                #[tokio::test]
+                async fn redis() {
+                    body(&Stepped::redis().await).await;
+                }
+            }
+        )*
+    };
+}
+
+fn validate(user_id: u64, category_id: u64, n: u64) -> ValidateRequest {
+    ValidateRequest {
+        event: event(1),
+        category: category(category_id),
+        user: user(user_id),
+        quantity: quantity(n),
+        window: Duration::from_mins(1),
+    }
+}
+
+fn owner(user_id: u64) -> Releaser {
+    Releaser::Owner { user: user(user_id), session: None }
+}
+
+const ORDERS: Releaser = Releaser::Orders { user: None };
+
+on_both! {
+    /// Stock that was never told, or too long ago, decides nothing.
+    async fn unknown_stock_grants_nothing(on: &Stepped) {
+        let wanted = request(event(1), 1, 7, 1);
+        assert_eq!(on.ledger.lock(&wanted).await.unwrap(), LockOutcome::StockUnknown);
+        assert_eq!(on.ledger.availability(event(1), TTL).await.unwrap(), None);
+        on.stock(event(1), &[(1, 10, 10)]).await;
+        on.step(Duration::from_mins(10)).await;
+        assert!(matches!(on.ledger.lock(&wanted).await.unwrap(), LockOutcome::Granted(_)));
+        on.step(MS).await;
+        assert_eq!(on.ledger.lock(&request(event(1), 1, 8, 1)).await.unwrap(), LockOutcome::StockUnknown);
+    }
+
+    /// Locks take what is free, never more, and say what is left.
+    async fn grants_never_exceed_the_stock(on: &Stepped) {
+        on.stock(event(1), &[(1, 5, 5), (2, 4, 0)]).await;
+        let LockOutcome::Granted(grant) = on.ledger.lock(&request(event(1), 1, 7, 3)).await.unwrap() else {
+            panic!("three of five are free");
+        };
+        assert_eq!((grant.available, grant.deadline.as_ms() - grant.now.as_ms()), (2, 300_000));
+        assert_eq!(grant.lock.event(), event(1));
+        assert_eq!(on.counts(event(1), 1).await, (2, 3, 0));
+        let refused = on.ledger.lock(&request(event(1), 1, 8, 3)).await.unwrap();
+        assert_eq!(refused, LockOutcome::Insufficient { available: 2 });
+        on.grant(event(1), 1, 8, 2).await;
+        assert_eq!(
+            on.ledger.lock(&request(event(1), 1, 9, 1)).await.unwrap(),
+            LockOutcome::Insufficient { available: 0 },
+            "nothing is free but something may come back"
+        );
+        assert_eq!(on.ledger.lock(&request(event(1), 2, 9, 1)).await.unwrap(), LockOutcome::SoldOut);
+        assert_eq!(on.ledger.lock(&request(event(1), 3, 9, 1)).await.unwrap(), LockOutcome::CategoryNotFound);
+        let again = on.ledger.lock(&request(event(1), 1, 7, 1)).await.unwrap();
+        assert_eq!(again, LockOutcome::AlreadyLocked { lock: grant.lock });
+    }
+
+    /// A closed event or category refuses and offers nothing.
+    async fn closed_categories_refuse(on: &Stepped) {
+        let mut told = snapshot(&[(1, 5, 5), (2, 5, 5)]);
+        told.categories[0].open = false;
+        on.ledger.ask(event(1), Duration::ZERO).await.unwrap();
+        on.ledger.accept(event(1), SnapshotNumber(1), &told).await.unwrap();
+        assert_eq!(on.ledger.lock(&request(event(1), 1, 7, 1)).await.unwrap(), LockOutcome::Closed);
+        assert_eq!(on.counts(event(1), 1).await.0, 0);
+        told.open = false;
+        on.ledger.accept(event(1), SnapshotNumber(2), &told).await.unwrap();
+        assert_eq!(on.ledger.lock(&request(event(1), 2, 7, 1)).await.unwrap(), LockOutcome::Closed);
+    }
+
+    /// The deadline itself is too late, a millisecond before is not; nobody has swept.
+    async fn a_deadline_is_exact_without_a_sweep(on: &Stepped) {
+        on.stock(event(1), &[(1, 1, 1)]).await;
+        let lock = on.grant(event(1), 1, 7, 1).await;
+        on.step(TTL - MS).await;
+        assert_eq!(on.ledger.find(lock).await.unwrap().unwrap().status, LockStatus::Active);
+        assert_eq!(on.counts(event(1), 1).await, (0, 1, 0));
+        on.step(MS).await;
+        assert_eq!(on.ledger.find(lock).await.unwrap().unwrap().status, LockStatus::Expired);
+        assert_eq!(on.ledger.confirm(lock, None, None).await.unwrap(), ConfirmOutcome::Expired);
+        assert_eq!(on.ledger.validate(&validate(7, 1, 1)).await.unwrap(), ValidateOutcome::Expired);
+        assert_eq!(on.ledger.release(lock, ORDERS).await.unwrap(), ReleaseOutcome::Expired);
+        on.grant(event(1), 1, 8, 1).await;
+        assert_eq!(on.ledger.locks_of(user(7)).await.unwrap(), []);
+    }
+
+    /// The same request id gives the same lock, until it ended; for something else it is refused.
+    async fn a_repeated_request_gives_the_same_lock(on: &Stepped) {
+        on.stock(event(1), &[(1, 5, 5), (2, 5, 5)]).await;
+        let mut wanted = request(event(1), 1, 7, 2);
+        wanted.request = Some("try-1".parse().unwrap());
+        let LockOutcome::Granted(first) = on.ledger.lock(&wanted).await.unwrap() else { panic!("free") };
+        on.step(MS).await;
+        wanted.lock = LockId::generate(event(1));
+        let LockOutcome::GrantedBefore(second) = on.ledger.lock(&wanted).await.unwrap() else { panic!("a repeat") };
+        assert_eq!((second.lock, second.deadline, second.version), (first.lock, first.deadline, first.version));
+        assert_eq!(on.counts(event(1), 1).await, (3, 2, 0));
+        wanted.quantity = quantity(1);
+        assert_eq!(on.ledger.lock(&wanted).await.unwrap(), LockOutcome::RequestMismatch);
+        wanted.quantity = quantity(2);
+        on.ledger.release(first.lock, owner(7)).await.unwrap();
+        assert_eq!(on.ledger.lock(&wanted).await.unwrap(), LockOutcome::RequestEnded { lock: first.lock });
+        wanted.user = user(8);
+        assert!(matches!(on.ledger.lock(&wanted).await.unwrap(), LockOutcome::Granted(_)), "another user's id is another id");
+    }
+
+    /// Held and confirmed count together against the limit per event; what was given back does not.
+    async fn the_limit_per_event_counts_held_and_confirmed(on: &Stepped) {
+        on.stock(event(1), &[(1, 9, 9), (2, 9, 9)]).await;
+        let limited = |category_id, n| {
+            let mut wanted = request(event(1), category_id, 7, n);
+            wanted.per_event_max = Some(4);
+            wanted
+        };
+        let LockOutcome::Granted(first) = on.ledger.lock(&limited(1, 3)).await.unwrap() else { panic!("three of four") };
+        assert_eq!(on.ledger.lock(&limited(2, 2)).await.unwrap(), LockOutcome::LimitExceeded { held: 3 });
+        on.ledger.confirm(first.lock, None, None).await.unwrap();
+        assert_eq!(on.ledger.lock(&limited(1, 2)).await.unwrap(), LockOutcome::LimitExceeded { held: 3 });
+        let LockOutcome::Granted(second) = on.ledger.lock(&limited(2, 1)).await.unwrap() else { panic!("four of four") };
+        on.ledger.release(second.lock, owner(7)).await.unwrap();
+        on.ledger.release(first.lock, ORDERS).await.unwrap();
+        assert!(matches!(on.ledger.lock(&limited(1, 4)).await.unwrap(), LockOutcome::Granted(_)));
+    }
+
+    /// GCRA: a burst, then one per interval; a refusal costs nothing and says when to come back.
+    async fn the_rate_limit_says_when_to_come_back(on: &Stepped) {
+        on.stock(event(1), &[(1, 9, 0)]).await;
+        let mut wanted = request(event(1), 1, 7, 1);
+        wanted.rate = Some(RateLimit { interval: Duration::from_millis(100), burst: 3 });
+        for _ in 0..3 {
+            assert_eq!(on.ledger.lock(&wanted).await.unwrap(), LockOutcome::SoldOut);
+        }
+        let after = |ms| LockOutcome::RateLimited { retry_after: Duration::from_millis(ms) };
+        assert_eq!(on.ledger.lock(&wanted).await.unwrap(), after(100));
+        on.step(Duration::from_millis(60)).await;
+        assert_eq!(on.ledger.lock(&wanted).await.unwrap(), after(40));
+        on.step(Duration::from_millis(40)).await;
+        assert_eq!(on.ledger.lock(&wanted).await.unwrap(), LockOutcome::SoldOut);
+        assert_eq!(on.ledger.lock(&wanted).await.unwrap(), after(100));
+        wanted.user = user(8);
+        assert_eq!(on.ledger.lock(&wanted).await.unwrap(), LockOutcome::SoldOut, "another user has another rate");
+    }
+
+    /// A valid lock is pinned: it lives at least the window more, and no disconnect ends it.
+    async fn validate_pins(on: &Stepped) {
+        on.stock(event(1), &[(1, 5, 5)]).await;
+        assert_eq!(on.ledger.validate(&validate(7, 1, 1)).await.unwrap(), ValidateOutcome::NotFound);
+        let session = SessionId::generate();
+        on.ledger.enter(user(7), session).await.unwrap();
+        let lock = on.grant(event(1), 1, 7, 2).await;
+        assert_eq!(on.ledger.validate(&validate(7, 1, 3)).await.unwrap(), ValidateOutcome::NotFound, "holds only two");
+        on.step(TTL - Duration::from_secs(10)).await;
+        let ValidateOutcome::Valid { lock: found, deadline } = on.ledger.validate(&validate(7, 1, 2)).await.unwrap() else {
+            panic!("held");
+        };
+        assert_eq!(found, lock);
+        let created = on.ledger.find(lock).await.unwrap().unwrap().created_at;
+        assert_eq!(deadline.as_ms() - created.as_ms(), 290_000 + 60_000);
+        on.ledger.leave(user(7), session, GRACE).await.unwrap();
+        on.step(Duration::from_mins(1) - MS).await;
+        assert_eq!(on.ledger.confirm(lock, Some(user(7)), None).await.unwrap(), ConfirmOutcome::Confirmed);
+    }
+
+    /// A lock is confirmed once, for one user and one order; repeating says the same.
+    async fn a_confirm_happens_once(on: &Stepped) {
+        on.stock(event(1), &[(1, 5, 5)]).await;
+        let lock = on.grant(event(1), 1, 7, 2).await;
+        let (a, b) = (order_id("A"), order_id("B"));
+        assert_eq!(on.ledger.confirm(lock, Some(user(8)), None).await.unwrap(), ConfirmOutcome::WrongUser);
+        assert_eq!(on.ledger.confirm(LockId::generate(event(1)), None, None).await.unwrap(), ConfirmOutcome::NotFound);
+        assert_eq!(on.ledger.confirm(lock, Some(user(7)), Some(&a)).await.unwrap(), ConfirmOutcome::Confirmed);
+        assert_eq!(on.counts(event(1), 1).await, (3, 0, 2));
+        assert_eq!(on.ledger.confirm(lock, None, None).await.unwrap(), ConfirmOutcome::AlreadyConfirmed);
+        assert_eq!(on.ledger.confirm(lock, None, Some(&a)).await.unwrap(), ConfirmOutcome::AlreadyConfirmed);
+        assert_eq!(on.ledger.confirm(lock, None, Some(&b)).await.unwrap(), ConfirmOutcome::OtherOrder);
+        assert_eq!(on.ledger.release(lock, owner(7)).await.unwrap(), ReleaseOutcome::Confirmed, "a sale is not unlocked");
+        let found = on.ledger.find(lock).await.unwrap().unwrap();
+        assert_eq!((found.status, found.order), (LockStatus::Confirmed, Some(a)));
+        assert!(found.version.is_some());
+        assert_eq!(on.ledger.locks_of(user(7)).await.unwrap(), []);
+        on.grant(event(1), 1, 7, 1).await;
+    }
+
+    /// A release gives the tickets back once; the owner and the orders-service are told apart.
+    async fn a_release_happens_once(on: &Stepped) {
+        on.stock(event(1), &[(1, 5, 5)]).await;
+        let lock = on.grant(event(1), 1, 7, 2).await;
+        assert_eq!(on.ledger.release(lock, owner(8)).await.unwrap(), ReleaseOutcome::WrongUser);
+        assert_eq!(on.ledger.release(LockId::generate(event(1)), ORDERS).await.unwrap(), ReleaseOutcome::NotFound);
+        let ReleaseOutcome::Released(released) = on.ledger.release(lock, owner(7)).await.unwrap() else { panic!("held") };
+        assert_eq!((released.id, released.quantity, released.status), (lock, quantity(2), LockStatus::Released));
+        assert!(matches!(on.ledger.release(lock, owner(7)).await.unwrap(), ReleaseOutcome::AlreadyReleased(_)));
+        assert_eq!(on.ledger.release(lock, ORDERS).await.unwrap(), ReleaseOutcome::ReleasedByOther);
+        assert_eq!(on.ledger.confirm(lock, None, None).await.unwrap(), ConfirmOutcome::Released);
+        assert_eq!(on.counts(event(1), 1).await, (5, 0, 0));
+        // The order failed after its lock was confirmed: the tickets come back too.
+        let lock = on.grant(event(1), 1, 7, 2).await;
+        on.ledger.confirm(lock, None, None).await.unwrap();
+        assert!(matches!(on.ledger.release(lock, ORDERS).await.unwrap(), ReleaseOutcome::Released(_)));
+        assert_eq!(on.counts(event(1), 1).await, (5, 0, 0));
+    }
+
+    /// The last session's end starts the grace; a return anywhere gives the deadline back.
+    async fn abandonment_and_return(on: &Stepped) {
+        on.stock(event(1), &[(1, 5, 5)]).await;
+        let (tab, phone) = (SessionId::generate(), SessionId::generate());
+        on.ledger.enter(user(7), tab).await.unwrap();
+        on.ledger.enter(user(7), phone).await.unwrap();
+        let lock = on.grant(event(1), 1, 7, 2).await;
+        let full = on.ledger.find(lock).await.unwrap().unwrap().deadline;
+        on.ledger.leave(user(7), tab, GRACE).await.unwrap();
+        on.step(GRACE + MS).await;
+        assert_eq!(on.ledger.find(lock).await.unwrap().unwrap().deadline, full, "the phone is still there");
+        on.ledger.leave(user(7), phone, GRACE).await.unwrap();
+        let shortened = on.ledger.find(lock).await.unwrap().unwrap().deadline;
+        assert_eq!(full.as_ms() - shortened.as_ms(), 300_000 - 15_001 - 15_000);
+        on.step(GRACE - MS).await;
+        let back = SessionId::generate();
+        let presence = on.ledger.enter(user(7), back).await.unwrap();
+        assert_eq!(presence.locks.iter().map(|lock| (lock.id, lock.deadline)).collect::<Vec<_>>(), [(lock, full)]);
+        on.ledger.leave(user(7), back, GRACE).await.unwrap();
+        on.step(GRACE).await;
+        assert_eq!(on.counts(event(1), 1).await, (5, 0, 0));
+        assert_eq!(on.ledger.find(lock).await.unwrap().unwrap().status, LockStatus::Expired);
+    }
+
+    /// A snapshot that was asked for earlier never replaces a later one.
+    async fn a_late_snapshot_is_ignored(on: &Stepped) {
+        let AskOutcome::Ask(early) = on.ledger.ask(event(1), Duration::ZERO).await.unwrap() else { panic!("draws") };
+        let AskOutcome::Ask(late) = on.ledger.ask(event(1), Duration::ZERO).await.unwrap() else { panic!("draws") };
+        assert!(late > early);
+        assert_eq!(on.ledger.accept(event(1), late, &snapshot(&[(1, 5, 3)])).await.unwrap(), AcceptOutcome::Accepted);
+        assert_eq!(on.ledger.accept(event(1), early, &snapshot(&[(1, 5, 5)])).await.unwrap(), AcceptOutcome::Older);
+        assert_eq!(on.ledger.accept(event(1), late, &snapshot(&[(1, 5, 5)])).await.unwrap(), AcceptOutcome::Older);
+        assert_eq!(on.counts(event(1), 1).await.0, 3);
+        assert_eq!(on.ledger.ask(event(1), Duration::from_secs(10)).await.unwrap(), AskOutcome::Fresh);
+        on.step(Duration::from_secs(10) + MS).await;
+        assert!(matches!(on.ledger.ask(event(1), Duration::from_secs(10)).await.unwrap(), AskOutcome::Ask(_)));
+    }
+
+    /// Confirm, then reserve: availability never shows the sold tickets free, and is exact at the end.
+    async fn settlement_does_not_flicker(on: &Stepped) {
+        on.stock(event(1), &[(1, 5, 5)]).await;
+        let lock = on.grant(event(1), 1, 7, 2).await;
+        let AskOutcome::Ask(before_sale) = on.ledger.ask(event(1), Duration::ZERO).await.unwrap() else { panic!("draws") };
+        on.ledger.confirm(lock, None, None).await.unwrap();
+        assert_eq!(on.counts(event(1), 1).await, (3, 0, 2));
+        // A question from before the sale is answered now: it shows five, and the two still count.
+        on.ledger.accept(event(1), before_sale, &snapshot(&[(1, 5, 5)])).await.unwrap();
+        assert_eq!(on.counts(event(1), 1).await, (3, 0, 2));
+        let AskOutcome::Ask(meanwhile) = on.ledger.ask(event(1), Duration::ZERO).await.unwrap() else { panic!("draws") };
+        let completed = report(event(1), "55", 1, 7, 2, OrderResult::Completed);
+        assert_eq!(on.ledger.order(&completed).await.unwrap(), OrderOutcome::Noted);
+        assert_eq!(on.counts(event(1), 1).await, (3, 0, 2));
+        assert_eq!(on.ledger.release(lock, ORDERS).await.unwrap(), ReleaseOutcome::Confirmed, "reported is final");
+        // Asked before the report: it may not show the sale yet, so the two still count.
+        on.ledger.accept(event(1), meanwhile, &snapshot(&[(1, 5, 5)])).await.unwrap();
+        assert_eq!(on.counts(event(1), 1).await, (3, 0, 2));
+        // Asked after the report: shows the sale, and in the same step the two leave.
+        on.stock(event(1), &[(1, 5, 3)]).await;
+        assert_eq!(on.counts(event(1), 1).await, (3, 0, 0));
+        assert_eq!(on.ledger.order(&completed).await.unwrap(), OrderOutcome::Repeated);
+        assert_eq!(on.counts(event(1), 1).await, (3, 0, 0));
+    }
+
+    /// Validate, reserve, confirm: a snapshot between the steps may show the sale early, which counts it twice for a
+    /// moment (fewer are offered than are free) and never too little.
+    async fn a_sale_seen_before_its_confirm_is_never_counted_too_little(on: &Stepped) {
+        on.stock(event(1), &[(1, 5, 5)]).await;
+        let lock = on.grant(event(1), 1, 7, 2).await;
+        on.ledger.validate(&validate(7, 1, 2)).await.unwrap();
+        on.stock(event(1), &[(1, 5, 3)]).await;
+        assert_eq!(on.counts(event(1), 1).await, (1, 2, 0));
+        on.ledger.confirm(lock, None, None).await.unwrap();
+        assert_eq!(on.counts(event(1), 1).await, (1, 0, 2));
+        on.ledger.order(&report(event(1), "55", 1, 7, 2, OrderResult::Completed)).await.unwrap();
+        on.stock(event(1), &[(1, 5, 3)]).await;
+        assert_eq!(on.counts(event(1), 1).await, (3, 0, 0));
+    }
+
+    /// An order without a lock, and one of more tickets than its lock, are counted until the stock shows them.
+    async fn orders_beyond_their_locks_are_counted(on: &Stepped) {
+        on.stock(event(1), &[(1, 9, 9)]).await;
+        on.ledger.order(&report(event(1), "1", 1, 7, 2, OrderResult::Completed)).await.unwrap();
+        assert_eq!(on.counts(event(1), 1).await, (7, 0, 2));
+        let lock = on.grant(event(1), 1, 8, 1).await;
+        on.ledger.confirm(lock, None, None).await.unwrap();
+        on.ledger.order(&report(event(1), "2", 1, 8, 3, OrderResult::Completed)).await.unwrap();
+        assert_eq!(on.counts(event(1), 1).await, (4, 0, 5));
+        on.stock(event(1), &[(1, 9, 4)]).await;
+        assert_eq!(on.counts(event(1), 1).await, (4, 0, 0));
+        assert_eq!(
+            on.ledger.order(&report(event(1), "1", 1, 7, 2, OrderResult::Completed)).await.unwrap(),
+            OrderOutcome::Repeated
+        );
+        assert_eq!(on.counts(event(1), 1).await, (4, 0, 0));
+    }
+
+    /// The report comes before the confirm: a pinned lock is the order's, and the late confirm says yes.
+    async fn a_report_before_the_confirm_claims_the_pinned_lock(on: &Stepped) {
+        on.stock(event(1), &[(1, 9, 9)]).await;
+        let lock = on.grant(event(1), 1, 7, 2).await;
+        on.ledger.validate(&validate(7, 1, 2)).await.unwrap();
+        on.ledger.order(&report(event(1), "5", 1, 7, 2, OrderResult::Completed)).await.unwrap();
+        assert_eq!(on.counts(event(1), 1).await, (7, 0, 2));
+        assert_eq!(on.ledger.confirm(lock, None, Some(&order_id("5"))).await.unwrap(), ConfirmOutcome::AlreadyConfirmed);
+        on.stock(event(1), &[(1, 9, 7)]).await;
+        assert_eq!(on.counts(event(1), 1).await, (7, 0, 0));
+    }
+
+    /// The report comes before the confirm of a lock that is not pinned: the confirm names the order and they meet.
+    async fn a_confirm_after_the_report_meets_its_order(on: &Stepped) {
+        on.stock(event(1), &[(1, 9, 9)]).await;
+        let lock = on.grant(event(1), 1, 7, 3).await;
+        on.ledger.order(&report(event(1), "5", 1, 7, 2, OrderResult::Completed)).await.unwrap();
+        assert_eq!(on.counts(event(1), 1).await, (4, 3, 2), "both count until it is known that they are one");
+        on.ledger.confirm(lock, None, Some(&order_id("5"))).await.unwrap();
+        assert_eq!(on.counts(event(1), 1).await, (6, 0, 3));
+        on.stock(event(1), &[(1, 9, 7)]).await;
+        assert_eq!(on.counts(event(1), 1).await, (7, 0, 0));
+    }
+
+    /// Cancelled orders: never completed, completed and undone, and completed after cancelled.
+    async fn cancelled_orders_give_back(on: &Stepped) {
+        on.stock(event(1), &[(1, 9, 9)]).await;
+        let lock = on.grant(event(1), 1, 7, 2).await;
+        on.ledger.confirm(lock, None, None).await.unwrap();
+        let cancelled = report(event(1), "5", 1, 7, 2, OrderResult::Cancelled);
+        assert_eq!(on.ledger.order(&cancelled).await.unwrap(), OrderOutcome::Noted);
+        assert_eq!(on.ledger.order(&cancelled).await.unwrap(), OrderOutcome::Repeated);
+        let completed = report(event(1), "5", 1, 7, 2, OrderResult::Completed);
+        assert_eq!(on.ledger.order(&completed).await.unwrap(), OrderOutcome::AfterCancel);
+        on.stock(event(1), &[(1, 9, 9)]).await;
+        assert_eq!(on.counts(event(1), 1).await, (9, 0, 0));
+        on.ledger.order(&report(event(1), "6", 1, 7, 2, OrderResult::Completed)).await.unwrap();
+        on.ledger.order(&report(event(1), "6", 1, 7, 2, OrderResult::Cancelled)).await.unwrap();
+        assert_eq!(on.counts(event(1), 1).await, (7, 0, 2));
+        on.stock(event(1), &[(1, 9, 9)]).await;
+        assert_eq!(on.counts(event(1), 1).await, (9, 0, 0));
+    }
+
+    /// A confirmed lock whose order is never reported leaves with the first snapshot after the settle timeout.
+    async fn an_unreported_sale_times_out_with_a_fresh_snapshot(on: &Stepped) {
+        on.stock(event(1), &[(1, 9, 9)]).await;
+        let lock = on.grant(event(1), 1, 7, 2).await;
+        on.ledger.confirm(lock, None, None).await.unwrap();
+        on.step(SETTLE - MS).await;
+        assert_eq!(on.ledger.sweep().await.unwrap().refresh, []);
+        on.stock(event(1), &[(1, 9, 7)]).await;
+        assert_eq!(on.counts(event(1), 1).await, (5, 0, 2), "not yet: the order may still be on its way");
+        on.step(MS).await;
+        assert_eq!(on.ledger.sweep().await.unwrap().refresh, [event(1)]);
+        on.stock(event(1), &[(1, 9, 7)]).await;
+        assert_eq!(on.counts(event(1), 1).await, (7, 0, 0));
+        on.step(Duration::from_secs(5)).await;
+        assert_eq!(on.ledger.sweep().await.unwrap().refresh, []);
+    }
+
+    /// Changes and their announcements are one step; owners are told of their own locks' ends.
+    async fn every_change_is_announced(on: &Stepped) {
+        let mut feed = on.ledger.feed().expect("taken once");
+        assert!(on.ledger.feed().is_none());
+        on.ledger.subscribe(Topic::Event(event(1))).await.unwrap();
+        on.ledger.subscribe(Topic::User(user(7))).await.unwrap();
+        let mut next = async || loop {
+            let item = tokio::time::timeout(Duration::from_secs(5), feed.recv()).await.expect("told in time");
+            // A subscription that has just begun says that something may have been missed before.
+            if item != Some(FeedItem::Resync) {
+                return item.expect("the feed lives");
+            }
+        };
+        on.stock(event(1), &[(1, 9, 9)]).await;
+        let FeedItem::Changed(stocked) = next().await else { panic!("the new stock") };
+        assert_eq!((stocked.availability.stock, stocked.changes.len()), (9, 0));
+        let lock = on.grant(event(1), 1, 7, 2).await;
+        let FeedItem::Changed(locked) = next().await else { panic!("the lock") };
+        assert_eq!((locked.availability.active, locked.availability.available()), (2, 7));
+        assert_eq!(locked.availability.version, stocked.availability.version + 1);
+        assert_eq!((locked.changes[0].kind, locked.changes[0].user), (ChangeKind::Locked, user(7)));
+        on.step(TTL - WARNING).await;
+        on.ledger.sweep().await.unwrap();
+        let FeedItem::Personal(whose, Personal::Expiring { remaining, .. }) = next().await else { panic!("the warning") };
+        assert_eq!((whose, remaining), (user(7), WARNING));
+        on.step(WARNING).await;
+        assert_eq!(on.ledger.sweep().await.unwrap().expired, 1);
+        let mut told = [next().await, next().await];
+        told.sort_by_key(|item| matches!(item, FeedItem::Changed(_)));
+        let [FeedItem::Personal(_, Personal::Expired { lock: expired, .. }), FeedItem::Changed(back)] = told else {
+            panic!("the owner and the room: {told:?}");
+        };
+        assert_eq!(expired, lock);
+        assert_eq!(back.changes[0].kind, ChangeKind::Back(ReleaseReason::Expired));
+        assert_eq!(back.availability.version, locked.availability.version + 1);
+        on.ledger.tell(user(7), &Personal::Expired { lock, category: category(1), quantity: quantity(2) }).await.unwrap();
+        assert!(matches!(next().await, FeedItem::Personal(_, Personal::Expired { .. })));
+    }
+
+    /// An abandoned lock that runs out is told as abandoned.
+    async fn abandoned_locks_are_told_as_such(on: &Stepped) {
+        on.stock(event(1), &[(1, 9, 9)]).await;
+        let session = SessionId::generate();
+        on.ledger.enter(user(7), session).await.unwrap();
+        on.grant(event(1), 1, 7, 2).await;
+        let mut feed = on.ledger.feed().expect("taken once");
+        on.ledger.subscribe(Topic::Event(event(1))).await.unwrap();
+        on.ledger.leave(user(7), session, GRACE).await.unwrap();
+        on.step(GRACE).await;
+        assert_eq!(on.ledger.sweep().await.unwrap().expired, 1);
+        loop {
+            match tokio::time::timeout(Duration::from_secs(5), feed.recv()).await.expect("told in time") {
+                Some(FeedItem::Changed(notice)) => {
+                    assert_eq!(notice.changes[0].kind, ChangeKind::Back(ReleaseReason::Abandoned));
+                    break;
+                }
+                Some(FeedItem::Resync) => {}
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
+    /// The statistics count what is there.
+    async fn statistics_count(on: &Stepped) {
+        on.stock(event(1), &[(1, 9, 9), (2, 9, 9)]).await;
+        on.stock(event(2), &[(1, 9, 9)]).await;
+        let confirmed = on.grant(event(1), 1, 7, 1).await;
+        on.ledger.confirm(confirmed, None, None).await.unwrap();
+        on.grant(event(1), 2, 7, 1).await;
+        on.grant(event(1), 2, 8, 1).await;
+        let released = on.grant(event(2), 1, 9, 1).await;
+        on.ledger.release(released, owner(9)).await.unwrap();
+        on.step(Duration::from_secs(1)).await;
+        let fleet = on.ledger.stats().await.unwrap();
+        assert_eq!((fleet.active, fleet.confirmed, fleet.released, fleet.expired), (2, 1, 1, 0));
+        assert_eq!((fleet.users_with_locks, fleet.categories_with_locks), (2, 1));
+        on.step(TTL).await;
+        on.ledger.sweep().await.unwrap();
+        let fleet = on.ledger.stats().await.unwrap();
+        assert_eq!((fleet.active, fleet.expired, fleet.users_with_locks), (0, 2, 0));
+    }
+}

@@ -1,0 +1,243 @@
+//! Every script answers each of the words that its header documents, and no other, and leaves no key without a lifetime.
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeSet;
+
+use fred::clients::Client;
+use fred::interfaces::{KeysInterface, ListInterface, LuaInterface};
+use fred::types::Value;
+use seatlock::ledger::Script;
+
+use crate::support::redis::RedisServer;
+
+const LOCK: &str = "lock-1";
+const START_MS: u64 = 1_800_000_000_000;
+
+/// Runs scripts by name on event 1 and notes what they answer.
+struct Bench {
+    server: RedisServer,
+    client: Client,
+    seen: RefCell<BTreeSet<(String, String)>>,
+    now_ms: Cell<u64>,
+}
+
+fn script(name: &str) -> &'static Script {
+    Script::ALL.iter().find(|script| script.name == name).expect("a script of that name")
+}
+
+fn text(value: &Value) -> String {
+    value.as_str().map_or_else(|| format!("{value:?}"), |text| text.to_string())
+}
+
+impl Bench {
+    async fn new() -> Self {
+        let server = RedisServer::start().await;
+        let client = server.client().await;
+        let bench = Self { server, client, seen: RefCell::default(), now_ms: Cell::new(START_MS) };
+        bench.pass(0).await;
+        bench
+    }
+
+    /// Lets time pass.
+    async fn pass(&self, ms: u64) {
+        self.now_ms.set(self.now_ms.get() + ms);
+        let _: () = self.client.del("test:clock").await.expect("DEL answers");
+        let now = vec![(self.now_ms.get() / 1000).to_string(), (self.now_ms.get() % 1000 * 1000).to_string()];
+        let _: () = self.client.rpush("test:clock", now).await.expect("RPUSH answers");
+    }
+
+    /// Runs a script with these keys and arguments; its reply as texts.
+    async fn alone(&self, name: &str, keys: &[&str], args: &[&str]) -> Vec<String> {
+        let source = script(name).source.replace("redis.call('TIME')", "redis.call('LRANGE', 'test:clock', 0, 1)");
+        let (keys, args) = (keys.to_vec(), args.to_vec());
+        let reply: Value =
+            self.client.eval(source, keys, args).await.unwrap_or_else(|error| panic!("{name}: {error:?}"));
+        let reply: Vec<String> = reply.into_array().iter().map(text).collect();
+        self.seen.borrow_mut().insert((name.to_owned(), reply[0].clone()));
+        reply
+    }
+
+    /// Runs a script about event 1: its six keys and its channel come first.
+    async fn event(&self, name: &str, keys: &[&str], args: &[&str]) -> Vec<String> {
+        let six = ["counts", "deadlines", "ended", "settling", "sold", "holders"];
+        let keys: Vec<&str> = six.into_iter().chain(keys.iter().copied()).collect();
+        let args: Vec<&str> = std::iter::once("news").chain(args.iter().copied()).collect();
+        self.alone(name, &keys, &args).await
+    }
+
+    async fn stock(&self, categories: &[&str]) {
+        let number = self.event("ask", &[], &["0"]).await[1].clone();
+        let args: Vec<&str> = std::iter::once(number.as_str()).chain(categories.iter().copied()).collect();
+        assert_eq!(self.event("accept", &[], &args).await, ["accepted"]);
+    }
+
+    async fn lock(&self, lock: &str, user: &str, category: &str, quantity: &str) -> Vec<String> {
+        let more = ["300000", "600000", "0", "0", "1", "", "0", ""];
+        let args: Vec<&str> = [lock, user, category, quantity].into_iter().chain(more).collect();
+        self.event("lock", &[lock, lock, "rate"], &args).await
+    }
+
+    async fn confirm(&self, lock: &str, user: &str, order: &str) -> String {
+        let key = if order.is_empty() { lock.to_owned() } else { format!("order-{order}") };
+        self.event("confirm", &[lock, &key], &[lock, user, order, "30000"]).await.remove(0)
+    }
+
+    async fn release(&self, lock: &str, by: &str, user: &str) -> String {
+        self.event("release", &[lock], &[lock, by, user, ""]).await.remove(0)
+    }
+
+    async fn order(&self, order: &str, user: &str, quantity: &str, result: &str) -> Vec<String> {
+        let key = format!("order-{order}");
+        self.event("order", &[&key], &[order, "1", quantity, user, "", result, "1"]).await
+    }
+}
+
+/// The words of a script's RETURNS section.
+fn documented(script: &Script) -> BTreeSet<String> {
+    let header = script.source.lines().skip_while(|line| !line.starts_with(&format!("-- {}:", script.name)));
+    let returns = header.take_while(|line| line.starts_with("--")).skip_while(|line| !line.starts_with("-- RETURNS"));
+    let returns: Vec<&str> = returns.take_while(|line| !line.starts_with("-- COST")).collect();
+    let words = returns.iter().flat_map(|line| line.split("{\"").skip(1));
+    words.map(|rest| rest.split('"').next().expect("a word").to_owned()).collect()
+}
+
+/// Each documented reply is provoked once, and nothing else was ever answered.
+#[tokio::test]
+async fn every_documented_reply_is_reached() {
+    let on = Bench::new().await;
+    assert_eq!(on.event("availability", &[], &["600000"]).await, ["stock_unknown"]);
+    assert_eq!(on.lock(LOCK, "7", "1", "1").await, ["stock_unknown"]);
+    on.stock(&["1", "9", "9", "1", "2", "9", "0", "1", "3", "9", "9", "0"]).await;
+    assert_eq!(on.event("ask", &[], &["10000"]).await, ["fresh"]);
+    assert_eq!(on.event("accept", &[], &["1", "1", "9", "9", "1"]).await, ["older"]);
+    assert_eq!(on.event("availability", &[], &["600000"]).await[0], "known");
+
+    let repeatable = ["1", "2", "300000", "600000", "4", "1000000", "9", "s", "0", "1"];
+    let repeat = async |lock: &str, quantity: &str| {
+        let mut args = vec![lock, "7"];
+        args.extend(repeatable);
+        args[3] = quantity;
+        on.event("lock", &[lock, "request", "rate-7"], &args).await
+    };
+    assert_eq!(repeat(LOCK, "2").await[0], "granted");
+    assert_eq!(repeat("lock-x", "2").await[..2], ["granted_before", LOCK]);
+    assert_eq!(repeat("lock-x", "3").await, ["request_mismatch"]);
+    assert_eq!(on.lock("lock-x", "7", "1", "1").await, ["already_locked", LOCK]);
+    assert_eq!(on.lock("lock-x", "8", "9", "1").await, ["category_not_found"]);
+    assert_eq!(on.lock("lock-x", "8", "3", "1").await, ["closed"]);
+    assert_eq!(on.lock("lock-x", "8", "2", "1").await, ["sold_out"]);
+    assert_eq!(on.lock("lock-x", "8", "1", "8").await, ["insufficient", "7"]);
+    let capped = ["lock-x", "7", "2", "3", "300000", "600000", "4", "0", "1", "", "0", ""];
+    assert_eq!(on.event("lock", &["lock-x", "lock-x", "rate"], &capped).await, ["limit_exceeded", "2"]);
+    let rated = ["lock-x", "8", "2", "1", "300000", "600000", "0", "1000000", "1", "", "0", ""];
+    assert_eq!(on.event("lock", &["lock-x", "lock-x", "rate-8"], &rated).await, ["sold_out"]);
+    assert_eq!(on.event("lock", &["lock-x", "lock-x", "rate-8"], &rated).await, ["rate_limited", "1000000"]);
+
+    assert_eq!(on.event("locks", &[], &["7"]).await.len(), 2);
+    assert_eq!(on.event("find", &[LOCK], &[LOCK]).await[..2], ["found", "active"]);
+    assert_eq!(on.event("find", &["lock-x"], &["lock-x"]).await, ["not_found"]);
+    assert_eq!(on.event("validate", &[], &["7", "1", "2", "60000"]).await[..2], ["valid", LOCK]);
+    assert_eq!(on.event("validate", &[], &["8", "1", "2", "60000"]).await, ["not_found"]);
+    assert_eq!(on.event("abandon", &[], &["7", "1", "15000"]).await, ["abandoned", "0", "1"], "pinned");
+    assert_eq!(on.event("adopt", &[], &["7", "2"]).await.len(), 2);
+
+    assert_eq!(on.confirm("lock-x", "", "").await, "not_found");
+    assert_eq!(on.confirm(LOCK, "8", "").await, "wrong_user");
+    assert_eq!(on.confirm(LOCK, "7", "A").await, "confirmed");
+    assert_eq!(on.confirm(LOCK, "7", "A").await, "already_confirmed");
+    assert_eq!(on.confirm(LOCK, "7", "B").await, "other_order");
+    assert_eq!(on.release(LOCK, "owner", "7").await, "confirmed");
+    assert_eq!(repeat("lock-x", "2").await, ["request_ended", LOCK]);
+    assert_eq!(on.order("A", "7", "2", "completed").await, ["noted"]);
+    assert_eq!(on.order("A", "7", "2", "completed").await, ["repeated"]);
+    assert_eq!(on.order("A", "7", "2", "cancelled").await, ["noted"]);
+    assert_eq!(on.order("A", "7", "2", "completed").await, ["after_cancel"]);
+
+    on.lock("lock-2", "8", "1", "1").await;
+    on.event("validate", &[], &["8", "1", "1", "60000"]).await;
+    assert_eq!(on.order("C", "8", "1", "completed").await, ["confirm_first", "lock-2"]);
+    on.lock("lock-3", "9", "1", "1").await;
+    assert_eq!(on.order("D", "9", "1", "completed").await, ["noted"]);
+    assert_eq!(on.confirm("lock-3", "9", "D").await, "confirmed_reported");
+    on.lock("lock-4", "10", "1", "1").await;
+    assert_eq!(on.release("lock-4", "owner", "9").await, "wrong_user");
+    assert_eq!(on.release("lock-4", "owner", "10").await, "released");
+    assert_eq!(on.release("lock-4", "owner", "10").await, "already_released");
+    assert_eq!(on.release("lock-4", "orders", "").await, "released_by_other");
+    assert_eq!(on.confirm("lock-4", "", "").await, "released");
+    assert_eq!(on.release("lock-x", "orders", "").await, "not_found");
+
+    on.lock("lock-5", "11", "1", "1").await;
+    on.pass(300_000).await;
+    assert_eq!(on.confirm("lock-5", "", "").await, "expired");
+    assert_eq!(on.release("lock-5", "orders", "").await, "expired");
+    assert_eq!(on.event("validate", &[], &["11", "1", "1", "60000"]).await, ["expired"]);
+    on.pass(600_000).await;
+    assert_eq!(on.event("sweep", &[], &["60000"]).await[0], "swept");
+    assert_eq!(on.alone("bury", &["ended", "holders", "lock-5"], &["lock-5|1|1|11"]).await, ["buried"]);
+    assert_eq!(on.alone("tally", &["counts", "deadlines"], &[]).await[0], "tally");
+
+    assert_eq!(on.alone("touch", &["due", "events"], &["1", "1000"]).await, ["touched"]);
+    assert_eq!(on.alone("due", &["due"], &["64", "1000"]).await[..2], ["due", "1000"]);
+    on.pass(1000).await;
+    let due = on.alone("due", &["due"], &["64", "1000"]).await;
+    assert_eq!(due[3..], ["1"]);
+    let plan = async || on.alone("plan", &["due", "events"], &["1", "-1", &due[2], "1000"]).await;
+    assert_eq!(plan().await, ["planned", "5000"], "touched a moment ago: a lock may be on its way");
+    on.alone("touch", &["due", "events"], &["1", "1000"]).await;
+    assert_eq!(plan().await, ["planned", "100"], "touched since it was claimed");
+    on.pass(60_001).await;
+    assert_eq!(plan().await, ["dropped"]);
+    assert_eq!(on.alone("visit", &["visited"], &["1"]).await, ["visited"]);
+    assert_eq!(on.alone("forget", &["visited"], &["1"]).await, ["forgotten"]);
+    assert_eq!(on.alone("enter", &["sessions"], &["s", "r"]).await[0], "entered");
+    let left = on.alone("leave", &["sessions"], &["s"]).await;
+    assert_eq!((left[0].as_str(), left[2].as_str()), ("left", "0"));
+    assert_eq!(on.alone("beat", &["leases", "reports", "events"], &["r", "5000", "1 2"]).await, ["alive", "1 2"]);
+
+    let seen = on.seen.borrow();
+    for script in Script::ALL {
+        let said = seen.iter().filter(|(name, _)| name == script.name).map(|(_, word)| word.clone()).collect();
+        assert_eq!(documented(script), said, "{}: documented and reached", script.name);
+    }
+}
+
+/// When everybody forgets an event, a user or the fleet, every key of theirs ends by itself.
+#[tokio::test]
+async fn every_key_has_a_lifetime() {
+    let on = Bench::new().await;
+    on.stock(&["1", "9", "9", "1"]).await;
+    on.lock("lock-1", "7", "1", "1").await;
+    on.lock("lock-2", "8", "1", "1").await;
+    on.lock("lock-3", "9", "1", "1").await;
+    on.confirm("lock-1", "7", "A").await;
+    on.order("A", "7", "3", "completed").await;
+    on.confirm("lock-2", "8", "").await;
+    on.alone("visit", &["visited"], &["1"]).await;
+    on.alone("enter", &["sessions"], &["s", "r"]).await;
+    on.alone("beat", &["leases", "reports", "events"], &["r", "5000", "1 2"]).await;
+    on.pass(300_000).await;
+    on.event("sweep", &[], &["60000"]).await;
+    let keys = on.server.keys().await;
+    assert!(
+        ["counts", "ended", "settling", "sold", "holders"].iter().all(|key| keys.iter().any(|k| k == key)),
+        "{keys:?}"
+    );
+    for key in keys.iter().filter(|key| *key != "test:clock") {
+        let left = on.server.pttl(key).await;
+        assert!(left > 0, "{key} lives for ever ({left})");
+    }
+}
+
+/// A script that Redis has forgotten (SCRIPT FLUSH, failover) is sent again by the ledger.
+#[tokio::test]
+async fn forgotten_scripts_are_sent_again() {
+    use std::time::Duration;
+
+    let server = RedisServer::start().await;
+    let ledger = crate::support::ledger::live(&server, Duration::from_secs(5), 0);
+    let event = crate::support::ledger::event(1);
+    ledger.ask(event, Duration::ZERO).await.expect("an answer");
+    server.client().await.script_flush(false).await.expect("an answer");
+    ledger.ask(event, Duration::ZERO).await.expect("an answer");
+}

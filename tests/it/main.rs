@@ -1,0 +1,18 @@
+//! Every test that needs more than one module, in one binary.
+
+#![expect(clippy::unwrap_used, clippy::panic, reason = "a test that meets an error fails and shows it")]
+#![expect(clippy::unchecked_time_subtraction, reason = "of constants; a wrong one panics, which fails the test")]
+
+mod config;
+mod fanout;
+mod gateway;
+mod histories;
+mod http;
+mod inventory;
+mod inventory_rmq;
+mod ledger;
+mod lua;
+mod outage;
+mod rpc;
+mod support;
+mod tidy;

@@ -1,0 +1,179 @@
+//! Both ledgers on a clock that tests step.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use fred::clients::Client;
+use fred::interfaces::{ClientLike, KeysInterface, ListInterface};
+use seatlock::domain::{
+    CategoryId, CategoryStock, EventId, LockId, LockOutcome, LockRequest, Now, OrderId, OrderReport, OrderResult,
+    Quantity, ReplicaId, Snapshot, UserId,
+};
+use seatlock::ledger::{Ledger, LedgerOptions, MemoryLedger, RedisClock, RedisLedger, RedisOptions};
+
+use super::redis::RedisServer;
+
+/// 2027-01-15T08:00:00Z.
+pub const START_US: u64 = 1_800_000_000_000_000;
+
+pub const SETTLE: Duration = Duration::from_secs(30);
+pub const WARNING: Duration = Duration::from_mins(1);
+pub const TTL: Duration = Duration::from_mins(5);
+
+/// A ledger and its clock.
+pub struct Stepped {
+    pub name: &'static str,
+    pub ledger: Arc<dyn Ledger>,
+    now_us: Arc<AtomicU64>,
+    redis: Option<(RedisServer, Client)>,
+}
+
+impl Stepped {
+    /// The model.
+    pub fn memory() -> Self {
+        let now_us = Arc::new(AtomicU64::new(START_US));
+        let clock = Arc::clone(&now_us);
+        let ledger = MemoryLedger::with_clock(options(), Arc::new(move || Now(clock.load(Ordering::SeqCst))));
+        Self { name: "memory", ledger: Arc::new(ledger), now_us, redis: None }
+    }
+
+    /// The product, on a Redis of its own.
+    pub async fn redis() -> Self {
+        let server = RedisServer::start().await;
+        let client = server.client().await;
+        let ledger = RedisLedger::connect(
+            &RedisOptions {
+                url: server.url(),
+                replica: ReplicaId::generate(),
+                timeout: Duration::from_secs(5),
+                wait: 0,
+                clock: RedisClock::Stepped,
+            },
+            options(),
+        );
+        let stepped = Self {
+            name: "redis",
+            ledger: Arc::new(ledger.expect("a good address")),
+            now_us: Arc::new(AtomicU64::new(START_US)),
+            redis: Some((server, client)),
+        };
+        stepped.step(Duration::ZERO).await;
+        stepped
+    }
+
+    /// Lets time pass.
+    pub async fn step(&self, by: Duration) {
+        let now = self.now_us.fetch_add(u64::try_from(by.as_micros()).expect("short"), Ordering::SeqCst)
+            + u64::try_from(by.as_micros()).expect("short");
+        if let Some((_, client)) = &self.redis {
+            let _: () = client.del("test:clock").await.expect("DEL answers");
+            let words = vec![(now / 1_000_000).to_string(), (now % 1_000_000).to_string()];
+            let _: () = client.rpush("test:clock", words).await.expect("RPUSH answers");
+        }
+    }
+
+    /// Everything forgotten, and the clock at the start again: a new history on the same server.
+    pub async fn clear(&self) {
+        self.now_us.store(START_US, Ordering::SeqCst);
+        if let Some((_, client)) = &self.redis {
+            let _: () = client.flushall(false).await.expect("FLUSHALL answers");
+        }
+        self.step(Duration::ZERO).await;
+    }
+
+    /// Hands in a fresh snapshot: (category, total, stock).
+    pub async fn stock(&self, event: EventId, categories: &[(u64, u64, u64)]) {
+        stock(self.ledger.as_ref(), event, categories).await;
+    }
+
+    /// Locks, and expects the grant.
+    pub async fn grant(&self, event: EventId, category: u64, user: u64, quantity: u64) -> LockId {
+        let answer = self.ledger.lock(&request(event, category, user, quantity)).await.expect("an answer");
+        let LockOutcome::Granted(grant) = answer else {
+            panic!("{}: expected a grant, got {answer:?}", self.name);
+        };
+        grant.lock
+    }
+
+    /// (available, active, settling) of a category.
+    pub async fn counts(&self, event: EventId, category: u64) -> (u64, u64, u64) {
+        let rows = self.ledger.availability(event, Duration::from_hours(1)).await.expect("an answer").expect("known");
+        let row = rows.iter().find(|row| row.category.value() == category).expect("the category");
+        (row.available(), row.active, row.settling)
+    }
+}
+
+pub fn options() -> LedgerOptions {
+    LedgerOptions { settle_timeout: SETTLE, expiry_warning: WARNING }
+}
+
+pub fn event(id: u64) -> EventId {
+    EventId::new(id).expect("an id")
+}
+
+pub fn category(id: u64) -> CategoryId {
+    CategoryId::new(id).expect("an id")
+}
+
+pub fn user(id: u64) -> UserId {
+    UserId::new(id).expect("an id")
+}
+
+pub fn quantity(n: u64) -> Quantity {
+    Quantity::new(n).expect("a quantity")
+}
+
+pub fn order_id(text: &str) -> OrderId {
+    text.parse().expect("an order id")
+}
+
+pub fn snapshot(categories: &[(u64, u64, u64)]) -> Snapshot {
+    let categories = categories
+        .iter()
+        .map(|&(id, total, stock)| CategoryStock { category: category(id), total, stock, open: true })
+        .collect();
+    Snapshot { open: true, categories }
+}
+
+pub fn request(event: EventId, category_id: u64, user_id: u64, n: u64) -> LockRequest {
+    LockRequest {
+        lock: LockId::generate(event),
+        user: user(user_id),
+        category: category(category_id),
+        quantity: quantity(n),
+        request: None,
+        session: None,
+        generation: 0,
+        ttl: TTL,
+        stock_age_max: Duration::from_mins(10),
+        per_event_max: None,
+        rate: None,
+    }
+}
+
+pub fn report(event: EventId, order: &str, category_id: u64, user_id: u64, n: u64, result: OrderResult) -> OrderReport {
+    OrderReport {
+        order: order_id(order),
+        event,
+        category: category(category_id),
+        quantity: quantity(n),
+        user: user(user_id),
+        lock: None,
+        result,
+    }
+}
+
+/// A ledger on this server's own clock.
+pub fn live(server: &RedisServer, timeout: Duration, wait: u32) -> Arc<dyn Ledger> {
+    let redis =
+        RedisOptions { url: server.url(), replica: ReplicaId::generate(), timeout, wait, clock: RedisClock::Server };
+    Arc::new(RedisLedger::connect(&redis, options()).expect("a good address"))
+}
+
+/// Hands in a fresh snapshot: (category, total, stock).
+pub async fn stock(ledger: &dyn Ledger, event: EventId, categories: &[(u64, u64, u64)]) {
+    let asked = ledger.ask(event, Duration::ZERO).await.expect("an answer");
+    let seatlock::domain::AskOutcome::Ask(number) = asked else { panic!("zero always draws") };
+    ledger.accept(event, number, &snapshot(categories)).await.expect("an answer");
+}

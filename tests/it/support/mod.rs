@@ -1,0 +1,13 @@
+//! What several tests need: real peers, started and stopped by the test that uses them.
+
+pub mod gateway;
+pub mod ledger;
+pub mod process;
+pub mod rabbit;
+pub mod redis;
+
+/// A TCP port of the loopback that was free a moment ago.
+pub fn free_port() -> u16 {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
+    listener.local_addr().expect("bound").port()
+}
