@@ -20,7 +20,12 @@ use crate::{
     domain::{ReplicaId, ReplicaReport},
     fanout::{Fanout, FanoutOptions},
     gateway::{Gateway, Line},
-    http::{self, Sources, health::Health, serve::serve, stats::Stats},
+    http::{
+        self, Sources,
+        health::Health,
+        serve::{Limits, serve},
+        stats::Stats,
+    },
     inventory::{CatalogueError, Stock},
     ledger::{Ledger, Sweeper},
     metrics,
@@ -161,14 +166,19 @@ impl App {
         };
         let demo = parts::demo(issuer, catalogue.as_deref());
         let serving = TaskTracker::new();
+        let limits = Limits {
+            slow_client: config.slow_client,
+            last_answer: config.request_timeout + Duration::from_secs(1),
+            ..Limits::default()
+        };
         if let Some(listener) = admin {
             let address = listener.local_addr().unwrap_or(config.listen);
             tracing::info!(listen = %address, "serving admin");
-            serving.spawn(serve(listener, http::admin(&sources), plain, config.slow_client, stop.serving.clone()));
+            serving.spawn(serve(listener, http::admin(&sources), plain, limits, stop.serving.clone()));
         }
         let address = listener.local_addr().unwrap_or(config.listen);
         let routes = http::public(&sources, demo, config.admin_listen.is_none()).layer(cors).merge(gateway.routes());
-        serving.spawn(serve(listener, routes, Line::wrap, config.slow_client, stop.serving.clone()));
+        serving.spawn(serve(listener, routes, Line::wrap, limits, stop.serving.clone()));
         tracing::info!(listen = %address, %replica, version = env!("CARGO_PKG_VERSION"), "serving");
         if config.demo {
             invite(address);

@@ -48,8 +48,8 @@ pub(super) fn ledger(config: &Config, replica: ReplicaId) -> Result<Arc<dyn Ledg
     let redis = RedisOptions {
         url: url.reveal().to_owned(),
         replica,
-        // Messages of one socket are worked off one after the other: a few of them together must end in time too.
-        timeout: config.request_timeout / 4,
+        // A request that finds no answer of Redis in this time has a moment left to say so.
+        timeout: config.request_timeout * 3 / 4,
         wait: config.redis_wait,
         clock: RedisClock::Server,
     };

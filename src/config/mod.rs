@@ -236,7 +236,7 @@ impl Read {
     fn config(&mut self) -> Config {
         let demo = self.value("demo", value::switch).unwrap_or_else(|| self.is_given("demo"));
         let token_key = self.token_key(demo);
-        let config = Config {
+        let mut config = Config {
             listen: self.value("listen", value::address).unwrap_or_else(|| SocketAddr::from(([0, 0, 0, 0], 0))),
             admin_listen: self.value("admin-listen", value::address),
             cors_origins: self.value("cors-origins", value::origins).unwrap_or_default(),
@@ -268,7 +268,7 @@ impl Read {
             demo,
             warnings: Vec::new(),
         };
-        self.cross_check(&config);
+        self.cross_check(&mut config);
         config
     }
 
@@ -306,7 +306,7 @@ impl Read {
     }
 
     /// What no setting can say of itself.
-    fn cross_check(&mut self, config: &Config) {
+    fn cross_check(&mut self, config: &mut Config) {
         if config.events_url.is_none() && !self.is_given("events-url") && !config.demo {
             self.mistakes.push(
                 "no events-service: give SEATLOCK_EVENTS_URL (or --demo to try the service with a built-in catalogue)"
@@ -330,8 +330,9 @@ impl Read {
             );
         }
         if !config.expiry_warning.is_zero() && config.expiry_warning >= config.lock_ttl {
+            config.expiry_warning = config.lock_ttl / 2;
             self.warnings.push(
-                "SEATLOCK_EXPIRY_WARNING is not below SEATLOCK_LOCK_TTL: owners are warned as soon as they lock"
+                "SEATLOCK_EXPIRY_WARNING is not below SEATLOCK_LOCK_TTL: owners are warned when half of it is over"
                     .to_owned(),
             );
         }

@@ -9,7 +9,7 @@ use std::time::{Duration, SystemTime};
 use futures_util::FutureExt as _;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
-use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tokio::time::{Instant, sleep, sleep_until, timeout, timeout_at};
 
 use super::auth::Claims;
 use super::session::{Answer, Ending, Incoming, Sent, Session};
@@ -108,6 +108,8 @@ pub(super) struct Actor {
     pub watched: HashMap<EventId, Watching>,
     /// Set while a join is answered: what the joiner gets next.
     pub joined: Option<(EventId, Vec<Availability>)>,
+    /// When the message in work must be answered.
+    pub deadline: Instant,
     /// Set when the replica drains: what is in the inbox is still answered, nothing more is taken.
     moving: bool,
 }
@@ -130,6 +132,7 @@ impl Actor {
             token: Token::Good(claims.expires_at),
             watched: HashMap::new(),
             joined: None,
+            deadline: Instant::now(),
             moving: false,
         }
     }
@@ -222,7 +225,8 @@ impl Actor {
         }
     }
 
-    /// Tells the ledger that the session is here, and the client what it has. Waits no longer than a request may.
+    /// Tells the ledger that the session is here, and the client what it has. Waits for half as long as a request may:
+    /// what the client asks meanwhile has its own deadline.
     async fn enter(&mut self) {
         let Standing::Out { pause, .. } = self.standing else { return };
         let Some(fanout) = self.shared.fanout.get().cloned() else {
@@ -235,7 +239,14 @@ impl Actor {
             Ok((listening, ledger.enter(user, id).await?))
         });
         self.standing = Standing::Entering(task, pause);
-        if let Ok(entered) = timeout(self.shared.options.request_timeout, Self::entered(&mut self.standing)).await {
+        self.settle_until(Instant::now() + self.shared.options.request_timeout / 2).await;
+    }
+
+    /// Waits for the answer to an entry that is under way, if one is.
+    pub async fn settle_until(&mut self, deadline: Instant) {
+        if let Standing::Entering(..) = self.standing
+            && let Ok(entered) = timeout_at(deadline, Self::entered(&mut self.standing)).await
+        {
             self.settle(entered).await;
         }
     }
@@ -270,7 +281,7 @@ impl Actor {
     }
 
     async fn handle(&mut self, message: Incoming) {
-        let started = Instant::now();
+        self.deadline = message.at + self.shared.options.request_timeout;
         let (name, answer) = match wire::split(&message.text) {
             None => (None, Answer::unknown("")),
             Some((text, data)) => match Name::parse(&text) {
@@ -281,7 +292,7 @@ impl Actor {
         let label = name.map_or("unknown", Name::as_str);
         metrics::GATEWAY_MESSAGES.count(&[label]);
         answer.count(name);
-        metrics::GATEWAY_ANSWER_SECONDS.observe(&[label], started.elapsed());
+        metrics::GATEWAY_ANSWER_SECONDS.observe(&[label], message.at.elapsed());
         self.patiently(|session| session.answer(&answer, message.ack)).await;
         self.after().await;
     }

@@ -2,10 +2,10 @@
 
 use std::future::Future;
 use std::sync::Arc;
-use std::time::{Duration, UNIX_EPOCH};
+use std::time::UNIX_EPOCH;
 
 use serde_json::value::RawValue;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout_at};
 
 use super::actor::{Actor, Watching};
 use super::limits::ROOMS_MAX;
@@ -14,7 +14,7 @@ use super::rooms::room_of;
 use super::session::Answer;
 use super::wire::{self, About, Code, Json, Name, Refusal, Request};
 use crate::domain::{
-    Availability, CategoryId, EventId, Instant, Lock, LockId, LockOutcome, LockRequest, LockStatus, Quantity,
+    self, Availability, CategoryId, EventId, Lock, LockId, LockOutcome, LockRequest, LockStatus, Quantity,
     ReleaseOutcome, Releaser, RequestId,
 };
 use crate::inventory::StockError;
@@ -39,12 +39,16 @@ impl From<StockError> for Refusal {
     }
 }
 
-/// Runs work that must not be dropped half-way: after `limit` it is *unknown* what became of it, and it runs on.
+/// Runs work that must not be dropped half-way: after `deadline` it is *unknown* what became of it, and it runs on. Work
+/// whose deadline is over before its turn came is not begun.
 async fn within<T: Send + 'static>(
-    limit: Duration,
+    deadline: Instant,
     work: impl Future<Output = Result<T, Refusal>> + Send + 'static,
 ) -> Result<T, Refusal> {
-    match timeout(limit, tokio::spawn(work)).await {
+    if deadline <= Instant::now() {
+        return Err(Refusal::new(Code::Unavailable));
+    }
+    match timeout_at(deadline, tokio::spawn(work)).await {
         Ok(Ok(result)) => result,
         Ok(Err(_)) | Err(_) => Err(Refusal::new(Code::Unavailable)),
     }
@@ -145,7 +149,7 @@ impl Actor {
                 Ok((watching, availability, locks))
             }
         };
-        let (watching, availability, locks) = within(shared.options.request_timeout, work).await?;
+        let (watching, availability, locks) = within(self.deadline, work).await?;
         if let Some(watching) = watching {
             self.watched.insert(event, watching);
         }
@@ -163,15 +167,16 @@ impl Actor {
     }
 
     async fn lock(
-        &self,
+        &mut self,
         event: EventId,
         category: CategoryId,
         quantity: Quantity,
         request: Option<RequestId>,
     ) -> Granted {
-        let options = &self.shared.options;
         // A lock of a session that the ledger does not know could outlive it.
+        self.settle_until(self.deadline).await;
         let Some(generation) = self.generation() else { return Err(Refusal::new(Code::Unavailable)) };
+        let options = &self.shared.options;
         let asked = LockRequest {
             lock: LockId::generate(event),
             user: self.session.user,
@@ -186,8 +191,7 @@ impl Actor {
             rate: options.rate,
         };
         let stock = Arc::clone(&self.shared.stock);
-        let outcome =
-            within(options.request_timeout, async move { stock.lock(asked).await.map_err(Refusal::from) }).await?;
+        let outcome = within(self.deadline, async move { stock.lock(asked).await.map_err(Refusal::from) }).await?;
         match outcome {
             LockOutcome::Granted(grant) | LockOutcome::GrantedBefore(grant) => {
                 Ok(wire::granted(&grant, category, quantity, request.as_ref()))
@@ -208,7 +212,7 @@ impl Actor {
     async fn unlock_category(&self, event: EventId, category: CategoryId) -> Granted {
         let (ledger, user) = (Arc::clone(&self.shared.ledger), self.session.user);
         let by = Releaser::Owner { user, session: Some(self.session.id) };
-        let released = within(self.shared.options.request_timeout, async move {
+        let released = within(self.deadline, async move {
             let locks = ledger.locks_in(event, user).await?;
             let held = locks.iter().find(|lock| lock.category == category && lock.status == LockStatus::Active);
             let Some(held) = held else { return Err(Refusal::new(Code::LockNotFound)) };
@@ -222,19 +226,19 @@ impl Actor {
         let ledger = Arc::clone(&self.shared.ledger);
         let by = Releaser::Owner { user: self.session.user, session: Some(self.session.id) };
         let released = async move { ledger.release(lock, by).await.map_err(Refusal::from) };
-        given_back(lock, &within(self.shared.options.request_timeout, released).await?)
+        given_back(lock, &within(self.deadline, released).await?)
     }
 
     async fn my_locks(&self) -> Granted {
         let (ledger, user) = (Arc::clone(&self.shared.ledger), self.session.user);
         let read = async move { ledger.locks_of(user).await.map_err(Refusal::from) };
-        let locks = within(self.shared.options.request_timeout, read).await?;
+        let locks = within(self.deadline, read).await?;
         Ok(wire::my_locks(&locks))
     }
 
     async fn refresh(&mut self, token: &str) -> Granted {
         let verifying = self.shared.verifier.verify(token);
-        let claims = match timeout(self.shared.options.request_timeout, verifying).await {
+        let claims = match timeout_at(self.deadline, verifying).await {
             Ok(Ok(claims)) => claims,
             Ok(Err(error)) => {
                 tracing::debug!(%error, "a renewed token was not accepted");
@@ -247,7 +251,7 @@ impl Actor {
         }
         self.renew(claims);
         let expires = claims.expires_at.duration_since(UNIX_EPOCH).unwrap_or_default();
-        Ok(wire::refreshed(Instant::from_ms(expires.as_millis().try_into().unwrap_or(u64::MAX))))
+        Ok(wire::refreshed(domain::Instant::from_ms(expires.as_millis().try_into().unwrap_or(u64::MAX))))
     }
 }
 
@@ -265,6 +269,10 @@ fn given_back(lock: LockId, outcome: &ReleaseOutcome) -> Granted {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
+    use tokio::time::timeout;
+
     use super::*;
 
     #[test]
@@ -316,8 +324,20 @@ mod tests {
             done.send(()).ok();
             Ok(())
         };
-        let refusal = within(Duration::from_millis(5), work).await.unwrap_err();
+        let refusal = within(Instant::now() + Duration::from_millis(5), work).await.unwrap_err();
         assert_eq!(refusal.code, Code::Unavailable);
         timeout(Duration::from_secs(5), finished).await.unwrap().unwrap();
+    }
+
+    #[tokio::test]
+    async fn work_whose_time_is_over_is_not_begun() {
+        let (begun, heard) = tokio::sync::oneshot::channel::<()>();
+        let work = async move {
+            begun.send(()).ok();
+            Ok(())
+        };
+        let refusal = within(Instant::now(), work).await.unwrap_err();
+        assert_eq!(refusal.code, Code::Unavailable);
+        assert!(heard.await.is_err(), "dropped, not run");
     }
 }

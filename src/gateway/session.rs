@@ -106,6 +106,8 @@ pub struct Incoming {
     pub text: Box<str>,
     /// The id of the acknowledgement, if one is wanted.
     pub ack: Option<i64>,
+    /// When it came: its answer is due a request timeout later, however many messages are before it.
+    pub at: Instant,
 }
 
 impl<A: Adapter> FromMessageParts<A> for Incoming {
@@ -116,7 +118,7 @@ impl<A: Adapter> FromMessageParts<A> for Incoming {
             Value::Str(text, _) => text.as_str().into(),
             Value::Bytes(_) => Box::default(),
         };
-        Ok(Self { text, ack: *ack })
+        Ok(Self { text, ack: *ack, at: Instant::now() })
     }
 }
 

@@ -1,7 +1,8 @@
 //! Whether this replica can serve, decided once a second so that probes cost nothing.
 //!
-//! A replica serves when it is not draining and its ledger answered lately. RabbitMQ is reported and never decides:
-//! without it sockets work on, and taking every replica out of service for it would end them all.
+//! A replica serves when it is not draining and its ledger answered lately. A new one is given a moment to reach
+//! RabbitMQ too; after that RabbitMQ is reported and never decides: without it sockets work on, and taking every replica
+//! out of service for it would end them all.
 
 use std::{
     sync::{
@@ -26,6 +27,9 @@ const PING_EVERY: Duration = Duration::from_secs(1);
 /// Without an answer for so long the replica is not ready. Three pings: one lost packet takes nobody out of service.
 const SILENCE_MAX: Duration = Duration::from_secs(3);
 
+/// For so long a new replica is not ready before it has reached RabbitMQ.
+const RPC_START_MAX: Duration = Duration::from_secs(5);
+
 /// Tells whether RPC is connected.
 pub type RpcProbe = Box<dyn Fn() -> bool + Send + Sync>;
 
@@ -35,6 +39,8 @@ pub struct Health {
     shutdown: Shutdown,
     rpc: Mutex<Option<RpcProbe>>,
     answered: Mutex<Option<Instant>>,
+    started: Instant,
+    rpc_reached: AtomicBool,
     was_ready: AtomicBool,
 }
 
@@ -47,13 +53,15 @@ pub struct Verdict {
     pub ledger: bool,
     /// RPC is connected; `None` when it is off.
     pub rpc: Option<bool>,
+    /// The process has just started and is still to reach RabbitMQ.
+    pub starting: bool,
 }
 
 impl Verdict {
     /// Whether new clients are welcome.
     #[must_use]
     pub const fn is_ready(&self) -> bool {
-        !self.draining && self.ledger
+        !self.draining && self.ledger && !self.starting
     }
 }
 
@@ -66,6 +74,8 @@ impl Health {
             shutdown,
             rpc: Mutex::new(None),
             answered: Mutex::new(None),
+            started: Instant::now(),
+            rpc_reached: AtomicBool::new(false),
             was_ready: AtomicBool::new(false),
         })
     }
@@ -78,10 +88,16 @@ impl Health {
     /// What the checks say now.
     pub fn verdict(&self) -> Verdict {
         let answered = *self.answered.lock().unwrap_or_else(PoisonError::into_inner);
+        let rpc = self.rpc.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(|probe| probe());
+        if rpc == Some(true) {
+            self.rpc_reached.store(true, Ordering::Relaxed);
+        }
+        let reached = self.rpc_reached.load(Ordering::Relaxed) || self.started.elapsed() >= RPC_START_MAX;
         Verdict {
             draining: self.shutdown.phase() != Phase::Serving,
             ledger: answered.is_some_and(|at| at.elapsed() < SILENCE_MAX),
-            rpc: self.rpc.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(|probe| probe()),
+            rpc,
+            starting: rpc.is_some() && !reached,
         }
     }
 
@@ -129,6 +145,8 @@ impl Health {
             tracing::info!("ready");
         } else if verdict.draining {
             tracing::info!("not ready: draining");
+        } else if verdict.ledger {
+            tracing::info!("not ready: starting");
         } else {
             tracing::warn!("not ready: the ledger does not answer");
         }

@@ -28,19 +28,34 @@ use tower::Service;
 
 use crate::metrics;
 
-/// From the opening of a connection to the end of its first header. Slower clients are not browsers.
-const FIRST_HEADER: Duration = Duration::from_secs(10);
+/// How long a client may take.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// From the opening of a connection to the end of its first header. Slower clients are not browsers.
+    pub first_header: Duration,
+    /// From an answer to the end of the next header, idle time included. Above the 60 s for which common load balancers
+    /// keep idle connections, so that it is not we who close one that they are about to use.
+    pub next_header: Duration,
+    /// From the stop to the end of a header that has begun, or of an answer on its way.
+    pub last_header: Duration,
+    /// From the stop to the end of requests that are still not answered: above the longest that any request may take.
+    /// What is left then are polls of transports without a session, which would be held open for as long as a ping takes.
+    pub last_answer: Duration,
+    /// What was sent to a client and stays unread for so long ends its connection.
+    pub slow_client: Duration,
+}
 
-/// From an answer to the end of the next header, idle time included. Above the 60 s for which common load balancers
-/// keep idle connections, so that it is not we who close one that they are about to use.
-const NEXT_HEADER: Duration = Duration::from_secs(75);
-
-/// From the stop to the end of requests that are still not answered. Sessions have ended by then; what is left are polls
-/// of transports that have none, which would be held open for as long as a ping takes.
-const LAST_ANSWER: Duration = Duration::from_secs(3);
-
-/// After `stop`, how long the rest of a header or of an answer may take.
-const LAST_HEADER: Duration = Duration::from_secs(1);
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            first_header: Duration::from_secs(10),
+            next_header: Duration::from_secs(75),
+            last_header: Duration::from_secs(1),
+            last_answer: Duration::from_secs(3),
+            slow_client: Duration::from_secs(15),
+        }
+    }
+}
 
 /// Header bytes, and what is read ahead of a body.
 const BUFFER_BYTES_MAX: usize = 32 * 1024;
@@ -53,7 +68,7 @@ const CONNECTIONS_MAX: usize = 20_000;
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Serves `app` on `listener` until `stop`; then takes no more connections and returns when the requests in flight are
-/// answered. What was sent to a client and stays unread for `slow_client` ends its connection.
+/// answered, or their time is over.
 ///
 /// `wrap` may put something around each stream, and what it returns beside it goes into the extensions of every request
 /// that comes over it.
@@ -61,7 +76,7 @@ pub async fn serve<S, E>(
     listener: TcpListener,
     app: Router,
     wrap: fn(TcpStream) -> (S, E),
-    slow_client: Duration,
+    limits: Limits,
     stop: CancellationToken,
 ) where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
@@ -85,12 +100,12 @@ pub async fn serve<S, E>(
                 tasks.spawn(async move {
                     let _permit = permit;
                     metrics::HTTP_CONNECTIONS.count(&["accepted"]);
-                    if let Err(error) = prepare(&stream, slow_client) {
+                    if let Err(error) = prepare(&stream, limits.slow_client) {
                         tracing::debug!(%error, "a connection broke before its first byte");
                         return;
                     }
                     let (stream, extension) = wrap(stream);
-                    connection(stream, (ConnectInfo(peer), extension), app, stop).await;
+                    connection(stream, (ConnectInfo(peer), extension), app, limits, stop).await;
                 });
             }
             Err(error) => {
@@ -108,8 +123,13 @@ pub async fn serve<S, E>(
     tasks.wait().await;
 }
 
-async fn connection<S, E>(stream: S, extensions: (ConnectInfo<SocketAddr>, E), app: Router, stop: CancellationToken)
-where
+async fn connection<S, E>(
+    stream: S,
+    extensions: (ConnectInfo<SocketAddr>, E),
+    app: Router,
+    limits: Limits,
+    stop: CancellationToken,
+) where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     E: Clone + Send + Sync + 'static,
 {
@@ -128,12 +148,12 @@ where
     });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
-        .header_read_timeout(NEXT_HEADER)
+        .header_read_timeout(limits.next_header)
         .max_buf_size(BUFFER_BYTES_MAX)
         .serve_connection(TokioIo::new(stream), service)
         .with_upgrades();
     let mut connection = pin!(connection);
-    let mut idle = pin!(sleep(FIRST_HEADER));
+    let mut idle = pin!(sleep(limits.first_header));
     let mut stopping = false;
     let mut cut = pin!(sleep(Duration::MAX));
     loop {
@@ -147,13 +167,13 @@ where
             () = stop.cancelled(), if !stopping => {
                 stopping = true;
                 connection.as_mut().graceful_shutdown();
-                idle.as_mut().reset(Instant::now() + LAST_HEADER);
-                cut.as_mut().reset(Instant::now() + LAST_ANSWER);
+                idle.as_mut().reset(Instant::now() + limits.last_header);
+                cut.as_mut().reset(Instant::now() + limits.last_answer);
             }
             () = cut.as_mut(), if stopping => return,
             () = idle.as_mut(), if stopping || !requests.any_begun() => {
                 if stopping && requests.any_in_flight() {
-                    idle.as_mut().reset(Instant::now() + LAST_HEADER);
+                    idle.as_mut().reset(Instant::now() + limits.last_header);
                 } else if stopping || !requests.any_begun() {
                     metrics::HTTP_CONNECTIONS.count(&["slow"]);
                     return;
@@ -200,57 +220,103 @@ mod tests {
 
     use super::*;
 
-    /// Serves one route that answers after a minute.
-    async fn start() -> (SocketAddr, CancellationToken, tokio::task::JoinHandle<()>) {
-        let slow = get(|| async {
-            sleep(Duration::from_mins(1)).await;
-            "at last"
-        });
+    const LIMITS: Limits = Limits {
+        first_header: Duration::from_millis(300),
+        next_header: Duration::from_millis(600),
+        last_header: Duration::from_millis(100),
+        last_answer: Duration::from_millis(1500),
+        slow_client: Duration::from_secs(15),
+    };
+
+    /// Far above every limit, far below for ever.
+    const PATIENCE: Duration = Duration::from_secs(20);
+
+    struct Server {
+        address: SocketAddr,
+        stop: CancellationToken,
+        served: tokio::task::JoinHandle<()>,
+        /// Requests to `/slow` that have begun.
+        begun: Arc<Semaphore>,
+        /// Each lets one of them answer.
+        gate: Arc<Semaphore>,
+    }
+
+    async fn start() -> Server {
+        let (begun, gate) = (Arc::new(Semaphore::new(0)), Arc::new(Semaphore::new(0)));
+        let slow = {
+            let (begun, gate) = (Arc::clone(&begun), Arc::clone(&gate));
+            get(move || async move {
+                begun.add_permits(1);
+                gate.acquire().await.expect("never closed").forget();
+                "at last"
+            })
+        };
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let address = listener.local_addr().expect("bound");
         let stop = CancellationToken::new();
         let app = Router::new().route("/", get(|| async { "hello" })).route("/slow", slow);
-        let served = serve(listener, app, |stream| (stream, ()), Duration::from_secs(15), stop.clone());
-        (address, stop.clone(), tokio::spawn(served))
+        let served = tokio::spawn(serve(listener, app, |stream| (stream, ()), LIMITS, stop.clone()));
+        Server { address, stop, served, begun, gate }
     }
 
-    /// What comes until the server closes, and after how long. Time is the test's: it jumps whenever all tasks wait.
-    async fn answer(address: SocketAddr, sent: &str) -> (String, Duration) {
+    async fn send(address: SocketAddr, text: &str) -> TcpStream {
         let mut stream = TcpStream::connect(address).await.expect("connected");
-        stream.write_all(sent.as_bytes()).await.expect("sent");
-        let (start, mut text) = (Instant::now(), String::new());
-        stream.read_to_string(&mut text).await.expect("read to the end");
-        (text, start.elapsed())
+        stream.write_all(text.as_bytes()).await.expect("sent");
+        stream
     }
 
-    #[tokio::test(start_paused = true)]
+    /// What comes until the server closes.
+    async fn rest(mut stream: TcpStream) -> String {
+        let mut text = String::new();
+        let read = stream.read_to_string(&mut text);
+        tokio::time::timeout(PATIENCE, read).await.expect("closed in time").expect("read to the end");
+        text
+    }
+
+    #[tokio::test]
     async fn a_header_that_does_not_come_ends_the_connection() {
-        let (address, _stop, _served) = start().await;
+        let server = start().await;
         for sent in ["", "GET / HT", "GET / HTTP/1.1\r\nhost: a\r\nx-slow: y\r\n"] {
-            let (text, waited) = answer(address, sent).await;
-            assert_eq!(text, "");
-            assert!(waited >= FIRST_HEADER && waited < FIRST_HEADER * 2, "{sent:?} took {waited:?}");
+            let began = Instant::now();
+            assert_eq!(rest(send(server.address, sent).await).await, "");
+            assert!(began.elapsed() >= LIMITS.first_header, "{sent:?} took {:?}", began.elapsed());
         }
-        let (text, waited) = answer(address, "GET / HTTP/1.1\r\nhost: a\r\n\r\nGET /").await;
+        let began = Instant::now();
+        let text = rest(send(server.address, "GET / HTTP/1.1\r\nhost: a\r\n\r\nGET /").await).await;
         assert!(text.ends_with("hello"), "{text}");
-        assert!(waited >= NEXT_HEADER && waited < NEXT_HEADER * 2, "{waited:?}");
+        assert!(began.elapsed() >= LIMITS.next_header, "{:?}", began.elapsed());
     }
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn a_stop_answers_what_is_in_flight_and_waits_for_nobody_else() {
-        let (address, stop, served) = start().await;
-        let in_flight = tokio::spawn(answer(address, "GET /slow HTTP/1.1\r\nhost: a\r\n\r\n"));
-        let dawdling = tokio::spawn(answer(address, "GET / HTTP/1.1\r\nhost: a\r\n"));
-        let idle = tokio::spawn(answer(address, "GET / HTTP/1.1\r\nhost: a\r\n\r\n"));
-        sleep(Duration::from_secs(5)).await;
-        stop.cancel();
-        let (text, waited) = in_flight.await.expect("answered");
-        assert!(text.ends_with("at last") && waited >= Duration::from_mins(1), "{text} after {waited:?}");
-        let (text, waited) = dawdling.await.expect("closed");
-        assert!(text.is_empty() && waited <= Duration::from_secs(5) + LAST_HEADER * 2, "{text} after {waited:?}");
-        let (text, waited) = idle.await.expect("closed");
-        assert!(text.ends_with("hello") && waited <= Duration::from_secs(5) + LAST_HEADER, "{text} after {waited:?}");
-        served.await.expect("ended");
-        assert!(TcpStream::connect(address).await.is_err(), "nobody listens");
+        let server = start().await;
+        // First, so that it is read before the others are answered.
+        let dawdling = send(server.address, "GET / HTTP/1.1\r\nhost: a\r\n").await;
+        let in_flight = send(server.address, "GET /slow HTTP/1.1\r\nhost: a\r\n\r\n").await;
+        server.begun.acquire().await.expect("never closed").forget();
+        let mut idle = send(server.address, "GET / HTTP/1.1\r\nhost: a\r\n\r\n").await;
+        let mut answer = [0; 15];
+        idle.read_exact(&mut answer).await.expect("an answer");
+        assert_eq!(&answer, b"HTTP/1.1 200 OK");
+        server.stop.cancel();
+        assert_eq!(rest(dawdling).await, "");
+        assert!(rest(idle).await.ends_with("hello"));
+        sleep(LIMITS.last_header * 2).await;
+        server.gate.add_permits(1);
+        assert!(rest(in_flight).await.ends_with("at last"));
+        server.served.await.expect("ended");
+        assert!(TcpStream::connect(server.address).await.is_err(), "nobody listens");
+    }
+
+    #[tokio::test]
+    async fn a_stop_waits_for_an_answer_only_so_long() {
+        let server = start().await;
+        let in_flight = send(server.address, "GET /slow HTTP/1.1\r\nhost: a\r\n\r\n").await;
+        server.begun.acquire().await.expect("never closed").forget();
+        let began = Instant::now();
+        server.stop.cancel();
+        assert_eq!(rest(in_flight).await, "");
+        assert!(began.elapsed() >= LIMITS.last_answer, "{:?}", began.elapsed());
+        server.served.await.expect("ended");
     }
 }

@@ -65,7 +65,11 @@ pub(super) struct Readiness {
 impl From<&Verdict> for Readiness {
     fn from(verdict: &Verdict) -> Self {
         let said = |ok| if ok { "connected" } else { "disconnected" };
-        let reasons = [(verdict.draining, "draining"), (!verdict.ledger, "the ledger does not answer")];
+        let reasons = [
+            (verdict.draining, "draining"),
+            (!verdict.ledger, "the ledger does not answer"),
+            (verdict.starting, "RabbitMQ is not reached yet"),
+        ];
         Self {
             status: if verdict.is_ready() { "ready" } else { "not_ready" },
             reasons: reasons.into_iter().filter_map(|(holds, reason)| holds.then_some(reason)).collect(),

@@ -154,6 +154,20 @@ async fn readiness_follows_redis_and_liveness_does_not() {
     assert_eq!(seatlock.exit_code(), 0);
 }
 
+/// A new replica waits a little for its broker before it calls itself ready, and no longer: without one sockets work.
+#[tokio::test]
+async fn a_new_replica_waits_a_little_for_its_broker() {
+    let broker = TcpListener::bind("127.0.0.1:0").expect("a free port");
+    let url = format!("amqp://{}", broker.local_addr().expect("bound"));
+    let began = Instant::now();
+    let seatlock = Seatlock::start(&["--demo"], &[("SEATLOCK_AMQP_URL", &url)]);
+    let reasons = readiness(&seatlock, 503).await["reasons"].clone();
+    assert_eq!(reasons, json!(["RabbitMQ is not reached yet"]));
+    let ready = readiness(&seatlock, 200).await;
+    assert_eq!(ready, json!({ "status": "ready", "ledger": "connected", "rpc": "disconnected" }));
+    assert!(began.elapsed() >= Duration::from_secs(5), "{:?}", began.elapsed());
+}
+
 /// SIGTERM during a request: readiness is lost at once, the request is still answered, and the process ends with 0.
 #[tokio::test]
 async fn a_drain_answers_what_is_in_flight() {

@@ -734,7 +734,7 @@ async fn slow_handlers_are_answered_for_in_time(url: &str) {
     assert_eq!(peer.depth().await, (0, 0));
 }
 
-/// The broker is killed, stopped, frozen and short of memory; the consumer notices and comes back by itself.
+/// The broker is short of memory, and killed; the consumer notices and comes back by itself.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_broker_that_fails_is_waited_for() {
     let mut broker = RabbitServer::start().await;
@@ -766,6 +766,16 @@ async fn a_broker_that_fails_is_waited_for() {
     until("consuming again", || replica.rpc.is_connected()).await;
     let peer = Peer::connect(&url, "outages").await;
     assert_eq!(peer.value("get-user-locks", json!({"userId": 1})).await, json!([]));
+
+    replica.stop().await;
+}
+
+/// The broker is frozen, and stopped; the consumer notices, comes back by itself, and stops without it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_broker_that_freezes_is_waited_for() {
+    let mut broker = RabbitServer::start().await;
+    let url = broker.url();
+    let replica = Replica::start(&format!("{url}?heartbeat=1"), "outages", Handler::open("a")).await;
 
     println!("scenario frozen");
     let threads = io_threads();

@@ -69,8 +69,6 @@ const DEFAULTS = {
   SEATLOCK_EXPIRY_WARNING: '10s',
   SEATLOCK_SETTLE_TIMEOUT: '10s',
   SEATLOCK_STOCK_REFRESH: '10s',
-  // Longer than the default: what is claimed about time has its own setting, and a busy machine is no finding.
-  SEATLOCK_REQUEST_TIMEOUT: '6s',
   SEATLOCK_DRAIN_TIMEOUT: '10s',
   SEATLOCK_LOG: 'info',
 };

@@ -234,7 +234,10 @@ impl Raw {
         loop {
             let message = timeout_at(end, self.socket.next()).await.expect("a message in time")?;
             match message {
-                Ok(Message::Text(text)) if text.as_str() == "2" => self.send("3").await,
+                Ok(Message::Text(text)) if text.as_str() == "2" => {
+                    // A connection that ends meanwhile is found at its end, by the next read.
+                    self.socket.send(Message::text("3")).await.ok();
+                }
                 // A close packet: over WebSocket the real client ignores it and waits for the end, as we do.
                 Ok(Message::Text(text)) if text.as_str() == "1" => {}
                 Ok(Message::Text(text)) => return Some(text.as_str().to_owned()),
