@@ -51,10 +51,11 @@ local function load(category)
   }
 end
 
--- Stores a category's changed counts under its next version and announces both: one step.
+-- Stores a category's changed counts under its next version and announces both: one step. A version is the time in
+-- microseconds, or the one after the last: it rises even when Redis goes on from an older copy of its data.
 -- `changes` is "" or " kind:quantity:user ...".
 local function save(row, changes)
-  row.version = row.version == 0 and now_us or row.version + 1
+  row.version = math.max(row.version + 1, now_us)
   local text = table.concat({
     int(row.stock), int(row.total), row.open, int(row.active), int(row.settling), int(row.version),
   }, ' ')
@@ -105,6 +106,16 @@ local function save_held(held)
   redis.call('HSET', KEYS[6], held.user .. ':' .. held.category, table.concat({
     held.lock, int(held.quantity), held.created, int(held.full), int(held.generation), held.state,
   }, ' '))
+end
+
+-- Writes down an active lock that `held` describes; its category is saved before, for the version.
+local function write_lock(row, held, session)
+  redis.call('ZADD', KEYS[2], int(held.full), member_of(held.lock, held.category, int(held.quantity), held.user))
+  save_held(held)
+  hold(held.user, 1, held.quantity)
+  redis.call('HSET', KEYS[7], 'user', held.user, 'category', held.category, 'quantity', int(held.quantity), 'created_ms',
+    held.created, 'version', int(row.version), 'session', session, 'status', 'active')
+  keep(KEYS[1], KEYS[2], KEYS[6], KEYS[7])
 end
 
 -- Ends at most BATCH locks whose deadline has passed; returns how many.
@@ -158,6 +169,15 @@ local function stop_waiting(user, category, lock)
     redis.call('HSET', KEYS[6], user .. '~' .. category, table.concat(left, ' '))
   end
   return was
+end
+
+-- A confirmed lock begins to wait for the report of its order.
+local function settle(lock, category, quantity, user, order, within_ms)
+  redis.call('ZADD', KEYS[4], int(now + within_ms), member_of(lock, category, int(quantity), user))
+  local field = user .. '~' .. category
+  local waiting = redis.call('HGET', KEYS[6], field)
+  local entry = lock .. ':' .. int(quantity) .. ':' .. order
+  redis.call('HSET', KEYS[6], field, waiting and waiting .. ' ' .. entry or entry)
 end
 
 -- Marks a confirmed lock as sold now: the first snapshot with a higher number shows it.

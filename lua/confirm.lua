@@ -20,7 +20,7 @@
 --   {"already_confirmed"}    a repeat; nothing changed
 --   {"other_order"} {"wrong_user"} {"expired"} {"released"} {"not_found"}   nothing changed
 --
--- COST O(log n) in active locks of the event; 5 reads, 9 writes, 1 publish.
+-- COST O(log n) in active locks of the event; 5 reads, 9 writes, 2 publishes.
 
 expire_due()
 local lock = redis.call('HMGET', KEYS[7], 'user', 'category', 'quantity', 'status', 'order')
@@ -38,11 +38,8 @@ if not deadline or tonumber(deadline) <= now then return {'expired'} end
 local reported = ARGV[4] ~= '' and redis.call('EXISTS', KEYS[8]) == 1
 
 redis.call('ZREM', KEYS[2], member)
-redis.call('ZADD', KEYS[4], int(now + ARGV[5]), member)
 redis.call('HDEL', KEYS[6], user .. ':' .. category)
-local field = user .. '~' .. category
-local waiting = redis.call('HGET', KEYS[6], field)
-redis.call('HSET', KEYS[6], field, (waiting and waiting .. ' ' or '') .. ARGV[2] .. ':' .. quantity .. ':' .. ARGV[4])
+settle(ARGV[2], category, quantity, user, ARGV[4], ARGV[5])
 hold(user, -1, 0)
 redis.call('HSET', KEYS[7], 'status', 'confirmed', 'order', ARGV[4], 'deadline_ms', deadline)
 redis.call('PEXPIRE', KEYS[7], CONFIRMED_MS)
@@ -53,5 +50,6 @@ if row then
   row.settling = row.settling + quantity
   save(row, '')
 end
+tell(user, 'confirmed ' .. ARGV[2] .. (ARGV[4] == '' and '' or ' ' .. ARGV[4]))
 keep(KEYS[1], KEYS[4], KEYS[6])
 return {reported and 'confirmed_reported' or 'confirmed'}

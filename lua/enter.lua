@@ -1,6 +1,6 @@
--- enter: a session of the user began.
+-- enter: a session of the user began, or is still there.
 --
--- KEYS[1] sessions  hash   session -> replica; "#" -> generation
+-- KEYS[1] sessions  hash   session -> "replica generation"; "#" -> generation
 -- ARGV[1] session   text
 -- ARGV[2] replica   text
 --
@@ -11,7 +11,7 @@
 
 local clock = redis.call('TIME')
 local now_us = clock[1] * 1000000 + clock[2]
-local generation = math.max(tonumber(redis.call('HGET', KEYS[1], '#') or 0) + 1, now_us)
-redis.call('HSET', KEYS[1], ARGV[1], ARGV[2], '#', string.format('%.0f', generation))
+local generation = string.format('%.0f', math.max(tonumber(redis.call('HGET', KEYS[1], '#') or 0) + 1, now_us))
+redis.call('HSET', KEYS[1], ARGV[1], ARGV[2] .. ' ' .. generation, '#', generation)
 redis.call('PEXPIRE', KEYS[1], 604800000)
 return {'entered', generation}

@@ -77,15 +77,10 @@ end
 local deadline = now + ARGV[6]
 row.active = row.active + quantity
 save(row, ' locked:' .. ARGV[5] .. ':' .. user)
-redis.call('ZADD', KEYS[2], int(deadline), member_of(ARGV[2], category, ARGV[5], user))
-save_held({
+write_lock(row, {
   lock = ARGV[2], category = category, quantity = quantity, user = user, created = int(now), full = deadline,
   generation = ARGV[12], state = 'attended',
-})
-hold(user, 1, quantity)
-redis.call('HSET', KEYS[7], 'user', user, 'category', category, 'quantity', ARGV[5], 'created_ms', int(now), 'version',
-  int(row.version), 'session', ARGV[11], 'status', 'active')
-keep(KEYS[1], KEYS[2], KEYS[6], KEYS[7])
+}, ARGV[11])
 if ARGV[13] == '1' then
   redis.call('SET', KEYS[8], ARGV[2] .. ' ' .. category .. ' ' .. ARGV[5] .. ' ' .. int(row.version), 'PX',
     int(ARGV[6] + TOMBSTONE_MS))

@@ -16,7 +16,7 @@
 --   {"valid", lock, deadline_ms}   pinned: a disconnect does not move its deadline any more
 --   {"not_found"} {"expired"}      nothing changed
 --
--- COST O(log n) in active locks of the event; 3 reads, 3 writes.
+-- COST O(log n) in active locks of the event; 3 reads, 3 writes, 1 publish.
 
 expire_due()
 local held = held_lock(ARGV[2], ARGV[3])
@@ -29,5 +29,6 @@ held.full = math.max(held.full, deadline)
 held.state = 'pinned'
 redis.call('ZADD', KEYS[2], int(deadline), held.member)
 save_held(held)
+tell(held.user, 'pinned ' .. held.lock .. ' ' .. int(deadline))
 keep(KEYS[2], KEYS[6])
 return {'valid', held.lock, deadline}

@@ -74,6 +74,8 @@ metrics! {
     counter LEDGER_NOTICES_UNREADABLE = "seatlock_ledger_notices_unreadable_total";
     /// Confirmed locks whose order was not reported in time.
     counter LEDGER_SETTLE_TIMEOUTS = "seatlock_ledger_settle_timeouts_total";
+    /// Remembered locks handed back to a ledger that may have lost them, by outcome.
+    counter LEDGER_RESTORED = "seatlock_ledger_restored_total" { outcome };
     // inventory
     /// Questions to the events-service by what became of them (`fresh`: another replica had asked).
     counter INVENTORY_QUESTIONS = "seatlock_inventory_questions_total" { outcome };

@@ -1,5 +1,6 @@
 //! The composition root: what the process is made of, started from the ledger outwards and stopped in reverse.
 
+mod fleet;
 mod parts;
 
 use std::{
@@ -11,13 +12,13 @@ use std::{
 
 use tokio::{
     net::TcpStream,
-    time::{Instant, MissedTickBehavior, interval, timeout_at},
+    time::{Instant, interval, timeout_at},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     config::Config,
-    domain::{ReplicaId, ReplicaReport},
+    domain::ReplicaId,
     fanout::{Fanout, FanoutOptions},
     gateway::{Gateway, Line},
     http::{
@@ -32,9 +33,6 @@ use crate::{
     rpc::Rpc,
     shutdown::{Phase, Shutdown},
 };
-
-/// How often this replica tells the fleet that it lives. A fifth of its lease.
-const BEAT_EVERY: Duration = Duration::from_secs(1);
 
 /// How often the metrics' buffers are emptied, so that they do not grow when nobody reads them.
 const UPKEEP_EVERY: Duration = Duration::from_secs(5);
@@ -151,7 +149,8 @@ impl App {
             move |event| stock.refresh(event)
         };
         background.spawn(Sweeper::new(Arc::clone(&ledger), refresh).run(stop.background.clone()));
-        background.spawn(beat(Arc::clone(&ledger), replica, gateway.clone(), stop.background.clone()));
+        background.spawn(fleet::beat(Arc::clone(&ledger), replica, gateway.clone(), stop.background.clone()));
+        background.spawn(fleet::reap(Arc::clone(&ledger), config.disconnect_grace, stop.background.clone()));
         background.spawn(Arc::clone(&health).run(stop.background.clone()));
         background.spawn(upkeep(handle.clone(), stop.background.clone()));
         // A key set that cannot be had shows in the log before the first user does; nothing waits for it.
@@ -252,31 +251,6 @@ fn invite(address: SocketAddr) {
         "\n  Seatlock demo: open two windows of  http://{host}/demo/  and fight for the same tickets.\n  \
          Tokens for anybody: not for real sales. Ctrl-C stops it.\n"
     );
-}
-
-/// Tells the fleet every second that this replica lives, until `stop`.
-async fn beat(ledger: Arc<dyn Ledger>, replica: ReplicaId, gateway: Gateway, stop: CancellationToken) {
-    let mut ticks = interval(BEAT_EVERY);
-    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut failing = false;
-    loop {
-        tokio::select! {
-            _ = ticks.tick() => {}
-            () = stop.cancelled() => return,
-        }
-        let (users, sockets) = gateway.counts();
-        let wide = |count: usize| u64::try_from(count).unwrap_or(u64::MAX);
-        let report = ReplicaReport { replica, users: wide(users), sockets: wide(sockets) };
-        match ledger.beat(&report).await {
-            Ok(()) => failing = false,
-            Err(error) => {
-                if !failing {
-                    tracing::warn!(%error, "the lease could not be renewed");
-                }
-                failing = true;
-            }
-        }
-    }
 }
 
 async fn upkeep(handle: metrics::Handle, stop: CancellationToken) {

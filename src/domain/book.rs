@@ -10,10 +10,10 @@ use std::time::Duration;
 
 use super::notice::{Announcement, Change, ChangeKind, Notice};
 use super::{
-    AcceptOutcome, AskOutcome, Availability, CategoryId, ConfirmOutcome, EventId, Grant, Instant, Lock, LockId,
+    AcceptOutcome, AskOutcome, Availability, CategoryId, ConfirmOutcome, EventId, Grant, Instant, Kept, Lock, LockId,
     LockOutcome, LockRequest, LockStatus, OrderId, OrderOutcome, OrderReport, OrderResult, Personal, Quantity,
-    RateLimit, ReleaseOutcome, ReleaseReason, Releaser, RequestId, SessionId, Snapshot, SnapshotNumber, UserId,
-    ValidateOutcome, ValidateRequest,
+    RateLimit, ReleaseOutcome, ReleaseReason, Releaser, RequestId, RestoreOutcome, RestoreRequest, SessionId, Snapshot,
+    SnapshotNumber, UserId, ValidateOutcome, ValidateRequest,
 };
 
 /// How long an expired or released lock, and a used request id after its lock, answer for themselves.
@@ -290,6 +290,74 @@ impl Book {
         Grant { lock: id, deadline, available: self.available(category), version, now: now.instant() }
     }
 
+    /// Writes down again a lock that a replica remembers, if there is nothing of it here and its tickets are free.
+    pub fn restore(&mut self, now: Now, asked: &RestoreRequest, out: &mut Vec<Announcement>) -> RestoreOutcome {
+        self.expire_due(now, out);
+        if self.locks.contains_key(&asked.lock) {
+            return RestoreOutcome::Known;
+        }
+        let (id, user, category, quantity) = (asked.lock, asked.user, asked.category, asked.quantity);
+        let (state, order) = match &asked.kept {
+            Kept::Attended => (State::Active(Hold::Attended), None),
+            Kept::Pinned => (State::Active(Hold::Pinned), None),
+            Kept::Confirmed { order } => {
+                (State::Confirmed(Settlement::Waiting(now.after(self.settle_timeout))), order.as_ref())
+            }
+        };
+        let active = matches!(state, State::Active(_));
+        if active && asked.deadline <= now.instant() {
+            return RestoreOutcome::Expired;
+        }
+        if !self.stock_is_known(now, asked.stock_age_max) {
+            return RestoreOutcome::StockUnknown;
+        }
+        // A closed category lets no new lock in, but keeps those that it had.
+        let Some(row) = self.rows.get(&category) else { return RestoreOutcome::NoRoom };
+        if row.stock.saturating_sub(row.active + row.settling) < quantity.wide() {
+            return RestoreOutcome::NoRoom;
+        }
+        if active && self.active_lock(now, user, category).is_some() {
+            return RestoreOutcome::NoRoom;
+        }
+        let version = self.change(now, category, out, &[], |row| {
+            *(if active { &mut row.active } else { &mut row.settling }) += quantity.wide();
+        });
+        let record = Record {
+            user,
+            category,
+            quantity,
+            created_at: asked.created_at,
+            deadline: asked.deadline,
+            full_deadline: asked.deadline,
+            generation: asked.generation,
+            version,
+            session: asked.session,
+            order: order.cloned(),
+            state,
+            forget_at: (!active).then(|| now.after(CONFIRMED_TOMBSTONE)),
+        };
+        self.locks.insert(id, record);
+        *self.held.entry(user).or_default() += quantity.wide();
+        if active {
+            self.holders.insert((user, category), id);
+            self.deadlines.insert((asked.deadline, id));
+            if let Some(name) = &asked.request {
+                let forget_at = Instant::from_ms(asked.deadline.as_ms().saturating_add(whole_ms(TOMBSTONE)));
+                self.requests.insert((user, name.clone()), RequestRecord { lock: id, category, quantity, forget_at });
+            }
+        } else {
+            self.waiting.push(id);
+            self.ended.confirmed += 1;
+            if let Some(order) = order
+                && let Some(record) = self.orders.get(order).copied()
+                && (record.category, record.user) == (category, user)
+            {
+                self.match_order(now, order, user, category, None, record, out);
+            }
+        }
+        RestoreOutcome::Restored
+    }
+
     /// The answer to a request id seen before, if it was.
     fn repeated(&self, now: Now, request: &LockRequest) -> Option<LockOutcome> {
         let name = request.request.clone()?;
@@ -345,6 +413,7 @@ impl Book {
         record.deadline = deadline;
         record.full_deadline = record.full_deadline.max(deadline);
         record.state = State::Active(Hold::Pinned);
+        out.push(Announcement::User(request.user, Personal::Pinned { lock: id, deadline }));
         ValidateOutcome::Valid { lock: id, deadline }
     }
 
@@ -386,6 +455,7 @@ impl Book {
             row.active -= quantity;
             row.settling += quantity;
         });
+        out.push(Announcement::User(user, Personal::Confirmed { lock: id, order: order.cloned() }));
         // The order was reported before its lock was confirmed: now there is a lock to match it with.
         if let Some(order) = order
             && let Some(record) = self.orders.get(order).copied()
@@ -827,7 +897,7 @@ impl Book {
     ) -> u64 {
         let row = self.rows.entry(category).or_default();
         apply(row);
-        row.version = if row.version == 0 { now.0 } else { row.version + 1 };
+        row.version = now.0.max(row.version + 1);
         let row = *row;
         let availability = self.reading(now, category, row);
         let changes = changes.iter().map(|&(kind, quantity, user)| Change { kind, quantity, user }).collect();

@@ -17,8 +17,8 @@ pub use id::{CategoryId, EventId, IdError, LockId, OrderId, ReplicaId, RequestId
 pub use lock::{Instant, Lock, LockStatus, ReleaseReason};
 pub use notice::{Announcement, Change, ChangeKind, Notice};
 pub use outcome::{
-    AcceptOutcome, AskOutcome, CategoryStock, ConfirmOutcome, FleetStats, Grant, LockOutcome, LockRequest,
-    OrderOutcome, OrderReport, OrderResult, Personal, RateLimit, ReleaseOutcome, Releaser, ReplicaReport, Snapshot,
-    SnapshotNumber, ValidateOutcome, ValidateRequest,
+    AcceptOutcome, AskOutcome, CategoryStock, ConfirmOutcome, FleetStats, Grant, Kept, LockOutcome, LockRequest,
+    OrderOutcome, OrderReport, OrderResult, Personal, RateLimit, ReleaseOutcome, Releaser, ReplicaReport,
+    RestoreOutcome, RestoreRequest, Snapshot, SnapshotNumber, ValidateOutcome, ValidateRequest,
 };
 pub use quantity::{Quantity, QuantityError};

@@ -42,6 +42,76 @@ impl LockRequest {
     }
 }
 
+/// How a lock stood when a replica last heard of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Kept {
+    /// Held by its owner.
+    Attended,
+    /// Pinned for an order.
+    Pinned,
+    /// A sale.
+    Confirmed {
+        /// The order that confirmed it, where it was said.
+        order: Option<OrderId>,
+    },
+}
+
+/// A lock as a replica remembers it, for a ledger that may have lost it with its data.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RestoreRequest {
+    /// Which lock; names its event.
+    pub lock: LockId,
+    /// Whose.
+    pub user: UserId,
+    /// The class of tickets.
+    pub category: CategoryId,
+    /// How many.
+    pub quantity: Quantity,
+    /// When it was granted.
+    pub created_at: Instant,
+    /// Its deadline.
+    pub deadline: Instant,
+    /// How it stood.
+    pub kept: Kept,
+    /// The client's name for the request that it was granted to, where that is known.
+    pub request: Option<RequestId>,
+    /// The session that asked for it, where that is known.
+    pub session: Option<SessionId>,
+    /// The user's presence generation now.
+    pub generation: u64,
+    /// The oldest stock snapshot that may decide.
+    pub stock_age_max: Duration,
+}
+
+/// The answer to [`RestoreRequest`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RestoreOutcome {
+    /// It is there again, under a new and higher fencing token.
+    Restored,
+    /// It was never lost, or the ledger knows how it ended.
+    Known,
+    /// Its deadline has passed.
+    Expired,
+    /// Its tickets, or its place, are somebody else's by now.
+    NoRoom,
+    /// No snapshot of the event's stock is young enough; fetch one and ask again.
+    StockUnknown,
+}
+
+impl RestoreOutcome {
+    /// The metric label.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Restored => "restored",
+            Self::Known => "known",
+            Self::Expired => "expired",
+            Self::NoRoom => "no_room",
+            Self::StockUnknown => "stock_unknown",
+        }
+    }
+}
+
 /// A rate: on average one per `interval`, `burst` at once (GCRA, the generic cell rate algorithm).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RateLimit {
@@ -338,6 +408,20 @@ pub enum Personal {
         reason: ReleaseReason,
         /// The session that did it and has its own answer.
         by: Option<SessionId>,
+    },
+    /// A lock was pinned for an order. For replicas, which remember it; clients are not told.
+    Pinned {
+        /// Which lock.
+        lock: LockId,
+        /// Its deadline now.
+        deadline: Instant,
+    },
+    /// A lock became a sale. For replicas, which remember it; clients are not told.
+    Confirmed {
+        /// Which lock.
+        lock: LockId,
+        /// The order that did it, where it was said.
+        order: Option<OrderId>,
     },
     /// An order of the user was completed or cancelled.
     Order {

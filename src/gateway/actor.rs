@@ -7,16 +7,18 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use futures_util::FutureExt as _;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, sleep_until, timeout, timeout_at};
 
 use super::auth::Claims;
+use super::keep::Memento;
 use super::session::{Answer, Ending, Incoming, Sent, Session};
 use super::wire::{self, About, Code, Json, Name, Refusal};
 use super::{Shared, now};
-use crate::domain::{Availability, EventId, UserId};
+use crate::domain::{Availability, EventId, Kept, Personal, RestoreOutcome, RestoreRequest, UserId};
 use crate::fanout::Fanout;
+use crate::inventory::StockError;
 use crate::ledger::{LedgerError, Presence};
 use crate::metrics;
 
@@ -84,10 +86,13 @@ enum Standing {
         pause: Duration,
     },
     /// Asked; no answer yet.
-    Entering(JoinHandle<Result<(Listening, Presence), LedgerError>>, Duration),
+    Entering(JoinHandle<Entered>, Duration),
     /// The ledger knows the session.
-    In { _listening: Listening, generation: u64 },
+    In { generation: u64 },
 }
+
+/// The user's messages arrive, if they did not before; the ledger knows the session.
+type Entered = Result<(Option<Listening>, Presence), StockError>;
 
 /// How a session stands with its token.
 enum Token {
@@ -104,6 +109,13 @@ pub(super) struct Actor {
     inbox: mpsc::Receiver<Incoming>,
     post: mpsc::Receiver<(&'static str, Json)>,
     standing: Standing,
+    listening: Option<Listening>,
+    /// The client has been told that it is connected.
+    greeted: bool,
+    doubts: watch::Receiver<u64>,
+    /// The doubt that the entry under way began with, and the last one that an entry has put to rest.
+    doubt: u64,
+    rested: u64,
     token: Token,
     pub watched: HashMap<EventId, Watching>,
     /// Set while a join is answered: what the joiner gets next.
@@ -123,12 +135,19 @@ impl Actor {
         inbox: mpsc::Receiver<Incoming>,
         post: mpsc::Receiver<(&'static str, Json)>,
     ) -> Self {
+        let doubts = shared.doubts.subscribe();
+        let rested = *doubts.borrow();
         Self {
+            doubts,
+            doubt: rested,
+            rested,
             shared,
             session,
             inbox,
             post,
             standing: Standing::Out { at: Instant::now(), pause: ENTER_RETRY },
+            listening: None,
+            greeted: false,
             token: Token::Good(claims.expires_at),
             watched: HashMap::new(),
             joined: None,
@@ -163,6 +182,11 @@ impl Actor {
                 () = sleep_until(wake) => self.tick().await,
                 Some((name, data)) = self.post.recv() => {
                     self.patiently(|session| session.emit(name, &data)).await;
+                }
+                Ok(()) = self.doubts.changed() => {
+                    if let Standing::In { .. } = self.standing {
+                        self.standing = Standing::Out { at: Instant::now(), pause: ENTER_RETRY };
+                    }
                 }
                 entered = Self::entered(&mut self.standing) => self.settle(entered).await,
                 message = self.inbox.recv() => match message {
@@ -225,21 +249,31 @@ impl Actor {
         }
     }
 
-    /// Tells the ledger that the session is here, and the client what it has. Waits for half as long as a request may:
-    /// what the client asks meanwhile has its own deadline.
+    /// Tells the ledger that the session is here, and the client what it has. The first time it waits for half as long as
+    /// a request may, so that the greeting comes first; what the client asks meanwhile has its own deadline.
     async fn enter(&mut self) {
         let Standing::Out { pause, .. } = self.standing else { return };
         let Some(fanout) = self.shared.fanout.get().cloned() else {
             self.standing = Standing::Out { at: Instant::now() + pause, pause };
             return;
         };
-        let (ledger, user, id) = (Arc::clone(&self.shared.ledger), self.session.user, self.session.id);
+        let (shared, user, id) = (Arc::clone(&self.shared), self.session.user, self.session.id);
+        self.doubt = *self.doubts.borrow();
+        let (listen, doubted) = (self.listening.is_none(), self.doubt > self.rested);
         let task = tokio::spawn(async move {
-            let listening = Listening::begin(fanout, user).await?;
-            Ok((listening, ledger.enter(user, id).await?))
+            // The semaphore is never closed.
+            let _permit = shared.entering.acquire().await.ok();
+            let listening = if listen { Some(Listening::begin(fanout, user).await?) } else { None };
+            let presence = shared.ledger.enter(user, id).await?;
+            if doubted {
+                shared.hand_back(user, &presence).await?;
+            }
+            Ok((listening, presence))
         });
         self.standing = Standing::Entering(task, pause);
-        self.settle_until(Instant::now() + self.shared.options.request_timeout / 2).await;
+        if !self.greeted {
+            self.settle_until(Instant::now() + self.shared.options.request_timeout / 2).await;
+        }
     }
 
     /// Waits for the answer to an entry that is under way, if one is.
@@ -252,7 +286,7 @@ impl Actor {
     }
 
     /// Waits for the answer to an entry that is under way; for ever if none is.
-    async fn entered(standing: &mut Standing) -> Option<(Listening, Presence)> {
+    async fn entered(standing: &mut Standing) -> Option<(Option<Listening>, Presence)> {
         match standing {
             Standing::Entering(task, _) => match task.await {
                 Ok(Ok(entered)) => Some(entered),
@@ -266,7 +300,7 @@ impl Actor {
         }
     }
 
-    async fn settle(&mut self, entered: Option<(Listening, Presence)>) {
+    async fn settle(&mut self, entered: Option<(Option<Listening>, Presence)>) {
         let Some((listening, presence)) = entered else {
             let pause = match self.standing {
                 Standing::Entering(_, pause) => pause,
@@ -275,7 +309,17 @@ impl Actor {
             self.standing = Standing::Out { at: Instant::now() + pause, pause: (pause * 2).min(ENTER_RETRY_MAX) };
             return;
         };
-        self.standing = Standing::In { _listening: listening, generation: presence.generation };
+        self.standing = Standing::In { generation: presence.generation };
+        self.listening = listening.or(self.listening.take());
+        self.rested = self.doubt;
+        if *self.doubts.borrow() > self.rested {
+            // Doubted while it was under way: it proves nothing.
+            self.standing = Standing::Out { at: Instant::now(), pause: ENTER_RETRY };
+        }
+        self.shared.keep.listed(self.session.user, &presence.locks);
+        if std::mem::replace(&mut self.greeted, true) {
+            return;
+        }
         let data = wire::connected(self.session.id, self.session.user, now(), &presence.locks);
         self.patiently(|session| session.emit("connected", &data)).await;
     }
@@ -350,5 +394,49 @@ impl Actor {
             sleep(pause).await;
             pause = (pause * 2).min(ENTER_RETRY_MAX);
         }
+    }
+}
+
+impl Shared {
+    /// Hands what is remembered of a user's locks back to a ledger that may have lost them. The owner is told of what
+    /// cannot be had back.
+    async fn hand_back(&self, user: UserId, presence: &Presence) -> Result<(), StockError> {
+        for memento in self.keep.of(user) {
+            if presence.locks.iter().any(|lock| lock.id == memento.id) {
+                continue;
+            }
+            let Memento { id, category, quantity, created_at, deadline, kept, request, session } = memento;
+            let asked = RestoreRequest {
+                lock: id,
+                user,
+                category,
+                quantity,
+                created_at,
+                deadline,
+                kept: kept.clone(),
+                request,
+                session,
+                generation: presence.generation,
+                stock_age_max: self.options.stock_age_max,
+            };
+            let outcome = match self.stock.restore(asked).await {
+                Ok(outcome) => outcome,
+                Err(StockError::EventNotFound) => RestoreOutcome::NoRoom,
+                Err(error) => return Err(error),
+            };
+            metrics::LEDGER_RESTORED.count(&[outcome.as_str()]);
+            match outcome {
+                RestoreOutcome::Restored => {}
+                // How it ended was told when it did.
+                RestoreOutcome::Known => self.keep.ended(user, id),
+                RestoreOutcome::Expired | RestoreOutcome::NoRoom | RestoreOutcome::StockUnknown => {
+                    if !matches!(kept, Kept::Confirmed { .. }) {
+                        self.ledger.tell(user, &Personal::Expired { lock: id, category, quantity }).await?;
+                    }
+                    self.keep.ended(user, id);
+                }
+            }
+        }
+        Ok(())
     }
 }

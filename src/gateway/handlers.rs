@@ -8,13 +8,14 @@ use serde_json::value::RawValue;
 use tokio::time::{Instant, timeout_at};
 
 use super::actor::{Actor, Watching};
+use super::keep::Memento;
 use super::limits::ROOMS_MAX;
 use super::now;
 use super::rooms::room_of;
 use super::session::Answer;
 use super::wire::{self, About, Code, Json, Name, Refusal, Request};
 use crate::domain::{
-    self, Availability, CategoryId, EventId, Lock, LockId, LockOutcome, LockRequest, LockStatus, Quantity,
+    self, Availability, CategoryId, EventId, Kept, Lock, LockId, LockOutcome, LockRequest, LockStatus, Quantity,
     ReleaseOutcome, Releaser, RequestId,
 };
 use crate::inventory::StockError;
@@ -154,6 +155,7 @@ impl Actor {
             self.watched.insert(event, watching);
         }
         fanout.observe(&availability);
+        shared.keep.listed(user, &locks);
         let data = wire::joined(event, &availability, &locks);
         self.joined = Some((event, availability));
         Ok(data)
@@ -176,14 +178,14 @@ impl Actor {
         // A lock of a session that the ledger does not know could outlive it.
         self.settle_until(self.deadline).await;
         let Some(generation) = self.generation() else { return Err(Refusal::new(Code::Unavailable)) };
-        let options = &self.shared.options;
+        let (options, user, session) = (&self.shared.options, self.session.user, Some(self.session.id));
         let asked = LockRequest {
             lock: LockId::generate(event),
-            user: self.session.user,
+            user,
             category,
             quantity,
             request: request.clone(),
-            session: Some(self.session.id),
+            session,
             generation,
             ttl: options.lock_ttl,
             stock_age_max: options.stock_age_max,
@@ -194,7 +196,11 @@ impl Actor {
         let outcome = within(self.deadline, async move { stock.lock(asked).await.map_err(Refusal::from) }).await?;
         match outcome {
             LockOutcome::Granted(grant) | LockOutcome::GrantedBefore(grant) => {
-                Ok(wire::granted(&grant, category, quantity, request.as_ref()))
+                let answer = wire::granted(&grant, category, quantity, request.as_ref());
+                let (id, created_at, deadline, kept) = (grant.lock, grant.now, grant.deadline, Kept::Attended);
+                let memento = Memento { id, category, quantity, created_at, deadline, kept, request, session };
+                self.shared.keep.granted(user, memento);
+                Ok(answer)
             }
             LockOutcome::Closed
             | LockOutcome::CategoryNotFound
@@ -219,20 +225,29 @@ impl Actor {
             Ok((held.id, ledger.release(held.id, by).await?))
         });
         let (lock, outcome) = released.await?;
-        given_back(lock, &outcome)
+        self.given_back(lock, &outcome)
     }
 
     async fn unlock(&self, lock: LockId) -> Granted {
         let ledger = Arc::clone(&self.shared.ledger);
         let by = Releaser::Owner { user: self.session.user, session: Some(self.session.id) };
         let released = async move { ledger.release(lock, by).await.map_err(Refusal::from) };
-        given_back(lock, &within(self.deadline, released).await?)
+        let outcome = within(self.deadline, released).await?;
+        self.given_back(lock, &outcome)
+    }
+
+    fn given_back(&self, lock: LockId, outcome: &ReleaseOutcome) -> Granted {
+        let answer = given_back(lock, outcome);
+        // Another user's lock is not among those that are remembered of this one.
+        self.shared.keep.ended(self.session.user, lock);
+        answer
     }
 
     async fn my_locks(&self) -> Granted {
         let (ledger, user) = (Arc::clone(&self.shared.ledger), self.session.user);
         let read = async move { ledger.locks_of(user).await.map_err(Refusal::from) };
         let locks = within(self.deadline, read).await?;
+        self.shared.keep.listed(user, &locks);
         Ok(wire::my_locks(&locks))
     }
 

@@ -12,6 +12,7 @@ mod actor;
 pub mod auth;
 mod handlers;
 mod handshake;
+mod keep;
 mod limits;
 mod line;
 mod rooms;
@@ -30,7 +31,7 @@ use futures_util::future::BoxFuture;
 use socketioxide::extract::{SocketRef, TryData};
 use socketioxide::handler::ConnectHandler as _;
 use socketioxide::{ParserConfig, SocketIo};
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, watch};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -39,6 +40,7 @@ use tower::Service as _;
 use self::auth::TokenVerifier;
 pub use self::handshake::Origins;
 use self::handshake::Refused;
+use self::keep::Keep;
 use self::limits::Seats;
 use self::line::Lines;
 pub use self::line::{Line, LineStream};
@@ -56,6 +58,9 @@ const NAMESPACE: &str = "/realtime";
 
 /// Sessions that tell the ledger at the same time that they end; a replica's sockets may all end at once.
 const LEAVING_MAX: usize = 64;
+
+/// Sessions that tell the ledger at the same time that they are here: after an outage all of them do.
+const ENTERING_MAX: usize = 64;
 
 /// After the time for draining is over: to cut what is left and to say so.
 const DRAIN_LAST: Duration = Duration::from_secs(2);
@@ -134,10 +139,15 @@ struct Shared {
     transport: Transport,
     seats: Arc<Seats>,
     rooms: Rooms,
+    keep: Keep,
     lines: Lines,
     /// The actors and what they leave to be done.
     tasks: TaskTracker,
     leaving: Semaphore,
+    /// Sessions that may tell the ledger at the same time that they are here.
+    entering: Arc<Semaphore>,
+    /// Rises when the ledger may have lost what was entered into it.
+    doubts: watch::Sender<u64>,
     /// Nobody is taken in any more; sessions finish what they have been asked.
     draining: CancellationToken,
     /// They finish at once.
@@ -229,9 +239,12 @@ impl Gateway {
                 io,
                 transport,
                 rooms: Rooms::default(),
+                keep: Keep::default(),
                 lines: Lines::default(),
                 tasks: TaskTracker::new(),
                 leaving: Semaphore::new(LEAVING_MAX),
+                entering: Arc::new(Semaphore::new(ENTERING_MAX)),
+                doubts: watch::Sender::new(0),
                 draining: CancellationToken::new(),
                 impatient: CancellationToken::new(),
             }
@@ -266,6 +279,12 @@ impl Gateway {
     #[must_use]
     pub fn counts(&self) -> (usize, usize) {
         self.shared.seats.counts()
+    }
+
+    /// The ledger may have lost what was entered into it: every session enters again, and what this replica remembers
+    /// of its users' locks is handed back. Returns at once; goes on until the ledger has answered.
+    pub fn reassure(&self) {
+        self.shared.doubts.send_modify(|doubts| *doubts += 1);
     }
 
     /// Takes nobody in any more, answers what has been asked, closes the connections so that clients go elsewhere, and

@@ -78,13 +78,15 @@ impl Rooms {
         state.sids.insert(session.sid.clone(), Arc::clone(session));
     }
 
-    /// A socket is gone, from every room. A repeat changes nothing.
-    pub fn leave(&self, session: &Session) {
+    /// A socket is gone, from every room. True when it was its user's last; a repeat changes nothing.
+    pub fn leave(&self, session: &Session) -> bool {
         let mut state = lock(&self.state);
+        let mut last = false;
         if let Some(sessions) = state.users.get_mut(&session.user) {
             sessions.remove(&session.id);
             if sessions.is_empty() {
                 state.users.remove(&session.user);
+                last = true;
             }
         }
         if state.sids.get(&session.sid).is_some_and(|known| known.id == session.id) {
@@ -93,6 +95,7 @@ impl Rooms {
         for event in session.take_rooms() {
             state.leave_room(event, session.id);
         }
+        last
     }
 
     /// A socket watches an event.
@@ -276,13 +279,18 @@ impl Shared {
     fn tell_user(&self, user: UserId, message: &Personal) {
         let author = match message {
             Personal::Released { by, .. } => *by,
-            Personal::Expired { .. } | Personal::Expiring { .. } | Personal::Order { .. } => None,
+            Personal::Expired { .. }
+            | Personal::Expiring { .. }
+            | Personal::Order { .. }
+            | Personal::Pinned { .. }
+            | Personal::Confirmed { .. } => None,
         };
+        self.keep.heard(user, message);
         let sessions = self.rooms.of_user(user);
         if sessions.is_empty() {
             return;
         }
-        let (name, data) = wire::personal(message);
+        let Some((name, data)) = wire::personal(message) else { return };
         for session in sessions {
             if Some(session.id) != author {
                 session.deliver(name, &data);

@@ -351,7 +351,9 @@ impl Shared {
 
     /// The session is over: its place is free, nothing more is sent to it, its actor ends. A repeat changes nothing.
     pub(super) fn forget(&self, session: &Session) {
-        self.rooms.leave(session);
+        if self.rooms.leave(session) {
+            self.keep.forget(session.user);
+        }
         lock(&session.seat).take();
         session.over.cancel();
     }

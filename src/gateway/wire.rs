@@ -463,9 +463,9 @@ pub fn moved(event: EventId, category: CategoryId, quantity: u64, reason: Option
     })
 }
 
-/// A message for all sockets of a user: its name and its data.
-pub fn personal(message: &Personal) -> (&'static str, Json) {
-    match message {
+/// A message for all sockets of a user: its name and its data; `None` for what is not for clients.
+pub fn personal(message: &Personal) -> Option<(&'static str, Json)> {
+    Some(match message {
         Personal::Expired { lock, category, quantity } => ("lock-expired", ended(*lock, *category, *quantity, None)),
         Personal::Released { lock, category, quantity, reason, by: _ } => {
             ("lock-released", ended(*lock, *category, *quantity, Some(*reason)))
@@ -482,7 +482,8 @@ pub fn personal(message: &Personal) -> (&'static str, Json) {
             };
             (name, ordered(order, *event, *category, *quantity, message))
         }
-    }
+        Personal::Pinned { .. } | Personal::Confirmed { .. } => return None,
+    })
 }
 
 fn ended(lock: LockId, category: CategoryId, quantity: Quantity, reason: Option<ReleaseReason>) -> Json {

@@ -18,7 +18,9 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::{SourceError, StockSource};
-use crate::domain::{AcceptOutcome, AskOutcome, Availability, EventId, LockOutcome, LockRequest};
+use crate::domain::{
+    AcceptOutcome, AskOutcome, Availability, EventId, LockOutcome, LockRequest, RestoreOutcome, RestoreRequest,
+};
 use crate::ledger::{Ledger, LedgerError};
 use crate::metrics;
 
@@ -285,6 +287,26 @@ impl Stock {
             .await;
         metrics::LEDGER_LOCKS.count(&[answer.as_ref().map_or_else(StockError::kind, LockOutcome::as_str)]);
         answer
+    }
+
+    /// Asks the ledger to take back a lock that it may have lost, and the source for stock if the ledger has none.
+    ///
+    /// Never answers [`RestoreOutcome::StockUnknown`].
+    ///
+    /// # Errors
+    /// [`StockError`], when there is no outcome.
+    pub async fn restore(&self, request: RestoreRequest) -> Result<RestoreOutcome, StockError> {
+        let (event, age) = (request.lock.event(), request.stock_age_max);
+        let ledger = &self.shared.ledger;
+        self.shared
+            .with_stock(event, age, |age| {
+                let request = RestoreRequest { stock_age_max: age, ..request.clone() };
+                async move {
+                    let outcome = ledger.restore(&request).await?;
+                    Ok(if outcome == RestoreOutcome::StockUnknown { None } else { Some(outcome) })
+                }
+            })
+            .await
     }
 
     /// The counts of every category of an event, by ascending category id.

@@ -54,6 +54,8 @@ pub(super) struct Driver {
     /// Milliseconds since `started` of the last answer, and how many commands went unanswered since.
     answered_ms: AtomicU64,
     unanswered: AtomicU32,
+    /// Connections for commands made so far.
+    connections: AtomicU64,
     stop: CancellationToken,
 }
 
@@ -101,6 +103,7 @@ impl Driver {
             started: Instant::now(),
             answered_ms: AtomicU64::new(0),
             unanswered: AtomicU32::new(0),
+            connections: AtomicU64::new(0),
             stop: CancellationToken::new(),
         });
         // The join handles end with the clients, in `close`.
@@ -152,6 +155,11 @@ impl Driver {
         let answer = self.commands.custom(command, args).await;
         let reply: Reply = self.judge("wait", answer)?;
         reply.convert().map_err(|error| LedgerError::Protocol { script: "wait", reply: error.details().to_owned() })
+    }
+
+    /// Connections for commands made so far: after a new one, Redis may be another one or have lost something.
+    pub(super) fn connections(&self) -> u64 {
+        self.connections.load(Ordering::Relaxed)
     }
 
     /// Tells a channel.
@@ -278,6 +286,9 @@ async fn watch_connection(driver: std::sync::Weak<Driver>, client: Client) {
             },
             server = back.recv() => match server {
                 Ok(server) => {
+                    if let Some(driver) = driver.upgrade() {
+                        driver.connections.fetch_add(1, Ordering::Relaxed);
+                    }
                     if up != Some(true) {
                         tracing::info!(server = %server, "connected to Redis");
                     }

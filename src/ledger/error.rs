@@ -29,6 +29,9 @@ pub enum LedgerError {
         /// How long they had.
         within: Duration,
     },
+    /// Redis has just come back, perhaps without its data: those who had locks come first. Nothing changed.
+    #[error("Redis has just come back; locks are being restored")]
+    Restoring,
     /// Redis answered something that the script never says: a foreign script, a foreign key or a defect.
     #[error("{script} answered {reply}, which it never does")]
     Protocol {
@@ -50,6 +53,8 @@ pub enum ErrorKind {
     Refused,
     /// [`LedgerError::NotReplicated`].
     NotReplicated,
+    /// [`LedgerError::Restoring`].
+    Restoring,
     /// [`LedgerError::Protocol`].
     Protocol,
 }
@@ -63,6 +68,7 @@ impl ErrorKind {
             Self::Disconnected => "disconnected",
             Self::Refused => "refused",
             Self::NotReplicated => "not_replicated",
+            Self::Restoring => "restoring",
             Self::Protocol => "protocol",
         }
     }
@@ -77,6 +83,7 @@ impl LedgerError {
             Self::Disconnected(_) => ErrorKind::Disconnected,
             Self::Refused { .. } => ErrorKind::Refused,
             Self::NotReplicated { .. } => ErrorKind::NotReplicated,
+            Self::Restoring => ErrorKind::Restoring,
             Self::Protocol { .. } => ErrorKind::Protocol,
         }
     }
@@ -85,7 +92,11 @@ impl LedgerError {
     #[must_use]
     pub const fn is_retryable(&self) -> bool {
         match self {
-            Self::Timeout(_) | Self::Disconnected(_) | Self::Refused { .. } | Self::NotReplicated { .. } => true,
+            Self::Timeout(_)
+            | Self::Disconnected(_)
+            | Self::Refused { .. }
+            | Self::NotReplicated { .. }
+            | Self::Restoring => true,
             Self::Protocol { .. } => false,
         }
     }

@@ -43,6 +43,11 @@ pub(super) fn user_sessions(user: UserId) -> String {
     format!("seatlock:{{u:{user}}}:sessions")
 }
 
+/// Users that a replica may have sessions of.
+pub(super) fn hosted(replica: impl std::fmt::Display) -> String {
+    format!("seatlock:{{r:{replica}}}:users")
+}
+
 /// Events by when the sweep should look at them.
 pub(super) const DUE: &str = "seatlock:{fleet}:due";
 
@@ -54,6 +59,12 @@ pub(super) const LEASES: &str = "seatlock:{fleet}:leases";
 
 /// What replicas say of themselves.
 pub(super) const REPORTS: &str = "seatlock:{fleet}:reports";
+
+/// Replicas whose lease ran out, by when their sessions should be looked at.
+pub(super) const DEAD: &str = "seatlock:{fleet}:dead";
+
+/// Made by the fleet's first beat: another one means that the data was lost.
+pub(super) const EPOCH: &str = "seatlock:{fleet}:epoch";
 
 /// Where an event's changes are told.
 pub(super) fn event_channel(event: EventId) -> String {

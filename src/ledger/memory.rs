@@ -10,11 +10,12 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use async_trait::async_trait;
 use tokio::sync::mpsc;
 
-use super::{FEED_LEN_MAX, FeedItem, Ledger, LedgerError, LedgerOptions, Presence, Swept, Topic};
+use super::{FEED_LEN_MAX, FeedItem, Footing, Ledger, LedgerError, LedgerOptions, Presence, Swept, Topic};
 use crate::domain::{
     AcceptOutcome, Announcement, AskOutcome, Availability, Book, ConfirmOutcome, EventId, FleetStats, Lock, LockId,
     LockOutcome, LockRequest, Now, OrderId, OrderOutcome, OrderReport, Personal, ReleaseOutcome, Releaser, ReplicaId,
-    ReplicaReport, SessionId, Snapshot, SnapshotNumber, UserId, ValidateOutcome, ValidateRequest,
+    ReplicaReport, RestoreOutcome, RestoreRequest, SessionId, Snapshot, SnapshotNumber, UserId, ValidateOutcome,
+    ValidateRequest,
 };
 
 /// Where the embedded ledger reads the time. Tests step it; the service uses the system's clock.
@@ -135,6 +136,16 @@ impl Ledger for MemoryLedger {
 
     async fn validate(&self, request: &ValidateRequest) -> Result<ValidateOutcome, LedgerError> {
         Ok(self.with_book(request.event, |book, now, out| book.validate(now, request, out)))
+    }
+
+    async fn restore(&self, request: &RestoreRequest) -> Result<RestoreOutcome, LedgerError> {
+        let event = request.lock.event();
+        let outcome = self.with_book(event, |book, now, out| book.restore(now, request, out));
+        if outcome == RestoreOutcome::Restored {
+            let (mut state, _) = self.enter_state();
+            state.presence.entry(request.user).or_default().events.insert(event);
+        }
+        Ok(outcome)
     }
 
     async fn confirm(
@@ -259,10 +270,14 @@ impl Ledger for MemoryLedger {
         Ok(swept)
     }
 
-    async fn beat(&self, report: &ReplicaReport) -> Result<(), LedgerError> {
+    async fn beat(&self, report: &ReplicaReport) -> Result<Footing, LedgerError> {
         let (mut state, _) = self.enter_state();
         state.report = Some(*report);
-        Ok(())
+        Ok(Footing::Firm)
+    }
+
+    async fn reap(&self, _grace: Duration) -> Result<u64, LedgerError> {
+        Ok(0)
     }
 
     async fn farewell(&self, _replica: ReplicaId) -> Result<(), LedgerError> {

@@ -22,7 +22,7 @@ use tokio::sync::mpsc;
 use crate::domain::{
     AcceptOutcome, AskOutcome, Availability, ConfirmOutcome, EventId, FleetStats, Lock, LockId, LockOutcome,
     LockRequest, OrderId, OrderOutcome, OrderReport, Personal, ReleaseOutcome, Releaser, ReplicaId, ReplicaReport,
-    SessionId, Snapshot, SnapshotNumber, UserId, ValidateOutcome, ValidateRequest,
+    RestoreOutcome, RestoreRequest, SessionId, Snapshot, SnapshotNumber, UserId, ValidateOutcome, ValidateRequest,
 };
 
 pub use crate::domain::{Change, ChangeKind, Notice};
@@ -69,6 +69,16 @@ pub struct Presence {
     pub locks: Vec<Lock>,
 }
 
+/// Whether what a replica entered into the ledger can still be there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Footing {
+    /// Nothing speaks against it.
+    Firm,
+    /// The ledger was out of reach, another replica may have ended our sessions, or data were lost: sessions are to be
+    /// entered again, and remembered locks to be restored. All of that is harmless when nothing was lost.
+    Doubtful,
+}
+
 /// The contract of lock state. Every method answers within the ledger's own timeout; after an error whose
 /// [`LedgerError::is_retryable`] holds it is *unknown* whether anything changed, and repeating is safe.
 #[async_trait]
@@ -78,6 +88,9 @@ pub trait Ledger: Send + Sync + 'static {
 
     /// Finds the user's active lock of a category for an order and pins it.
     async fn validate(&self, request: &ValidateRequest) -> Result<ValidateOutcome, LedgerError>;
+
+    /// Writes down again a lock that a replica remembers and that the ledger may have lost.
+    async fn restore(&self, request: &RestoreRequest) -> Result<RestoreOutcome, LedgerError>;
 
     /// Turns an active lock into a sale. `user` and `order` are checked when given.
     async fn confirm(
@@ -118,7 +131,7 @@ pub trait Ledger: Send + Sync + 'static {
     /// Counts a completed or cancelled order.
     async fn order(&self, report: &OrderReport) -> Result<OrderOutcome, LedgerError>;
 
-    /// A session of the user began: the user's abandoned locks are the user's again.
+    /// A session of the user began, or is still there: the user's abandoned locks are the user's again.
     async fn enter(&self, user: UserId, session: SessionId) -> Result<Presence, LedgerError>;
 
     /// A session of the user ended. If it was the last, each of the user's unpinned locks lives `grace` more at most.
@@ -130,10 +143,14 @@ pub trait Ledger: Send + Sync + 'static {
     /// Expires what is due, warns owners, times settlements out. Bounded work; call it again while `next` is zero.
     async fn sweep(&self) -> Result<Swept, LedgerError>;
 
-    /// Renews this replica's lease and says how it does.
-    async fn beat(&self, report: &ReplicaReport) -> Result<(), LedgerError>;
+    /// Renews this replica's lease, says how it does, and learns whether what it entered can still be there.
+    async fn beat(&self, report: &ReplicaReport) -> Result<Footing, LedgerError>;
 
-    /// Gives the lease back at the end of a drain.
+    /// Ends the sessions of replicas whose lease ran out, as [`Ledger::leave`] would have. Bounded work, shared by all
+    /// replicas that call it; of how many users.
+    async fn reap(&self, grace: Duration) -> Result<u64, LedgerError>;
+
+    /// Gives the lease back at the end of a drain. Sessions that have not left by then are reaped.
     async fn farewell(&self, replica: ReplicaId) -> Result<(), LedgerError>;
 
     /// Counts over the whole fleet.

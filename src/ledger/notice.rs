@@ -85,6 +85,13 @@ pub fn read_personal(text: &str) -> Option<Personal> {
             reason: read_reason(reason)?,
             by: if *by == "-" { None } else { Some(by.parse().ok()?) },
         }),
+        ["pinned", lock, deadline] => {
+            Some(Personal::Pinned { lock: lock.parse().ok()?, deadline: Instant::from_ms(deadline.parse().ok()?) })
+        }
+        ["confirmed", lock] => Some(Personal::Confirmed { lock: lock.parse().ok()?, order: None }),
+        ["confirmed", lock, order] => {
+            Some(Personal::Confirmed { lock: lock.parse().ok()?, order: Some(order.parse().ok()?) })
+        }
         ["order", result, order, kind, event, category, quantity] => Some(Personal::Order {
             result: match *result {
                 "completed" => OrderResult::Completed,
@@ -117,6 +124,9 @@ pub fn write_personal(message: &Personal) -> String {
             let by = by.map_or_else(|| "-".to_owned(), |session| session.to_string());
             format!("released {lock} {category} {quantity} {} {by}", reason.as_str())
         }
+        Personal::Pinned { lock, deadline } => format!("pinned {lock} {}", deadline.as_ms()),
+        Personal::Confirmed { lock, order: None } => format!("confirmed {lock}"),
+        Personal::Confirmed { lock, order: Some(order) } => format!("confirmed {lock} {order}"),
         Personal::Order { result, order, order_is_number, event, category, quantity } => {
             let result = match result {
                 OrderResult::Completed => "completed",
@@ -181,6 +191,9 @@ mod tests {
             Personal::Expiring { lock, deadline: Instant::from_ms(99), remaining: Duration::from_millis(5) },
             Personal::Released { lock, category, quantity, reason, by: None },
             Personal::Released { lock, category, quantity, reason, by: Some(SessionId::generate()) },
+            Personal::Pinned { lock, deadline: Instant::from_ms(99) },
+            Personal::Confirmed { lock, order: None },
+            Personal::Confirmed { lock, order: Some(order.clone()) },
             Personal::Order {
                 result: OrderResult::Cancelled,
                 order,

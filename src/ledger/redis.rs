@@ -1,7 +1,7 @@
 //! The ledger of a fleet: TTL keys in Redis, one script for each transition.
 
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use futures_util::future::join_all;
@@ -9,13 +9,14 @@ use tokio::sync::mpsc;
 
 use super::driver::{Delivery, Driver};
 use super::notice::{read_change, read_personal, write_personal};
-use super::reply::{self, OrderReply, Parts};
+use super::reply::{self, Left, OrderReply, Parts};
 use super::script::{self, Script};
-use super::{FEED_LEN_MAX, FeedItem, Ledger, LedgerError, LedgerOptions, Presence, Swept, Topic, key};
+use super::{FEED_LEN_MAX, FeedItem, Footing, Ledger, LedgerError, LedgerOptions, Presence, Swept, Topic, key};
 use crate::domain::{
-    AcceptOutcome, AskOutcome, Availability, ConfirmOutcome, EventId, FleetStats, Lock, LockId, LockOutcome,
-    LockRequest, OrderId, OrderOutcome, OrderReport, OrderResult, Personal, RateLimit, ReleaseOutcome, Releaser,
-    ReplicaId, ReplicaReport, SessionId, Snapshot, SnapshotNumber, UserId, ValidateOutcome, ValidateRequest, whole_ms,
+    AcceptOutcome, AskOutcome, Availability, CategoryId, ConfirmOutcome, EventId, FleetStats, Kept, Lock, LockId,
+    LockOutcome, LockRequest, OrderId, OrderOutcome, OrderReport, OrderResult, Personal, Quantity, RateLimit,
+    ReleaseOutcome, Releaser, ReplicaId, ReplicaReport, RestoreOutcome, RestoreRequest, SessionId, Snapshot,
+    SnapshotNumber, UserId, ValidateOutcome, ValidateRequest, whole_ms,
 };
 use crate::metrics;
 
@@ -25,6 +26,15 @@ const LEASE: Duration = Duration::from_secs(5);
 /// How many events one sweep claims, and for how long other replicas leave them alone.
 const SWEEP_EVENTS_MAX: usize = 64;
 const CLAIM: Duration = Duration::from_secs(1);
+
+/// How many dead replicas one call reaps, how many users of each, and for how long other replicas leave them alone.
+const REAP_REPLICAS_MAX: usize = 4;
+const REAP_USERS_MAX: usize = 5000;
+const REAP_CLAIM: Duration = Duration::from_secs(5);
+
+/// After Redis came back without its data: no new lock is granted for so long, so that those who had locks come first.
+/// Replicas notice within a beat, a second, and restore at thousands of locks a second.
+const RESTORE_WINDOW: Duration = Duration::from_secs(2);
 
 /// How many of a user's events are read for one answer, and how many events for the statistics. Beyond it the latest
 /// (for a user) and the least recently touched (for the statistics) are left out.
@@ -69,8 +79,20 @@ pub struct RedisLedger {
     /// How long Redis replicas have to receive a grant: half a round trip's limit, so that the answer comes in time.
     wait_within: Duration,
     feed: Mutex<Option<mpsc::Receiver<FeedItem>>>,
-    /// Users and sockets of the living replicas, as of the last beat.
-    fleet: Mutex<Vec<(u64, u64)>>,
+    known: Mutex<Known>,
+}
+
+/// What the last beat told.
+#[derive(Default)]
+struct Known {
+    /// Users and sockets of the living replicas.
+    fleet: Vec<(u64, u64)>,
+    /// The data's own name.
+    epoch: Option<String>,
+    /// Connections to Redis that had been made before it.
+    connections: u64,
+    /// Until when those who had locks come first.
+    restoring: Option<Instant>,
 }
 
 impl RedisLedger {
@@ -90,8 +112,19 @@ impl RedisLedger {
             wait: redis.wait,
             wait_within: redis.timeout / 2,
             feed: Mutex::new(Some(feed)),
-            fleet: Mutex::default(),
+            known: Mutex::default(),
         })
+    }
+
+    fn known(&self) -> MutexGuard<'_, Known> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// True while it is not known, or known too short a time, what Redis has lost.
+    fn is_restoring(&self) -> bool {
+        let known = self.known();
+        let unsure = known.connections > 0 && known.connections != self.driver.connections();
+        unsure || known.restoring.is_some_and(|until| until > Instant::now())
     }
 
     async fn run(&self, script: &'static Script, keys: Vec<String>, args: Vec<String>) -> Result<Parts, LedgerError> {
@@ -177,6 +210,21 @@ impl RedisLedger {
         reply::order(self.event(&script::ORDER, report.event, [key::order(report.event, &report.order)], args).await?)
     }
 
+    /// Counts a reported order again, now that the lock it used is confirmed.
+    async fn match_order(
+        &self,
+        order: &OrderId,
+        lock: LockId,
+        category: CategoryId,
+        quantity: Quantity,
+        user: UserId,
+    ) -> Result<(), LedgerError> {
+        // By the order's own record; the part that matters is which lock it used.
+        let (order, event, lock) = (order.clone(), lock.event(), Some(lock));
+        let report = OrderReport { order, event, category, quantity, user, lock, result: OrderResult::Completed };
+        self.count_order(&report, false).await.map(drop)
+    }
+
     /// Returns when enough Redis replicas have the grant; undoes it when they have not in time.
     async fn make_durable(&self, lock: LockId, user: UserId) -> Result<(), LedgerError> {
         let got = self.driver.replicated(self.wait, self.wait_within).await?;
@@ -209,11 +257,90 @@ impl RedisLedger {
         reply::said(&self.run(&script::BURY, keys, members.to_vec()).await?, "buried")
     }
 
-    async fn report(&self, lease: Duration, report: String) -> Result<(), LedgerError> {
-        let keys = vec![key::LEASES.to_owned(), key::REPORTS.to_owned(), key::EVENTS.to_owned()];
-        let answer = self.run(&script::BEAT, keys, vec![self.replica.to_string(), ms(lease), report]).await?;
-        *self.fleet.lock().unwrap_or_else(PoisonError::into_inner) = reply::alive(answer)?;
-        Ok(())
+    async fn report(&self, lease: Duration, report: String) -> Result<Footing, LedgerError> {
+        let connections = self.driver.connections();
+        let keys = [key::LEASES, key::REPORTS, key::EVENTS, key::DEAD, key::EPOCH].map(str::to_owned).to_vec();
+        let args = vec![self.replica.to_string(), ms(lease), report, uuid::Uuid::new_v4().to_string()];
+        let alive = reply::alive(self.run(&script::BEAT, keys, args).await?)?;
+        let mut known = self.known();
+        let footing = match &known.epoch {
+            None => Footing::Firm,
+            Some(epoch) if *epoch != alive.epoch => {
+                tracing::warn!("Redis has lost its data: the locks of open sessions are restored");
+                known.restoring = Some(Instant::now() + RESTORE_WINDOW);
+                Footing::Doubtful
+            }
+            // The first connection may be counted a moment after the first beat.
+            Some(_) if alive.held && (known.connections == connections || known.connections == 0) => Footing::Firm,
+            Some(_) => Footing::Doubtful,
+        };
+        (known.fleet, known.epoch, known.connections) = (alive.reports, Some(alive.epoch), connections);
+        Ok(footing)
+    }
+
+    /// Ends sessions of a user on a replica: one, or all that began before an instant. If none is left anywhere, the
+    /// user's locks are abandoned.
+    async fn depart(&self, user: UserId, which: Departing<'_>, grace: Duration) -> Result<Left, LedgerError> {
+        let (session, replica, before_us) = match which {
+            Departing::One(session) => (session.to_string(), self.replica.to_string(), String::new()),
+            Departing::AllOf { replica, before_us } => (String::new(), replica.to_owned(), before_us.to_string()),
+        };
+        let args = vec![session, replica, before_us];
+        let left = reply::left(self.run(&script::LEAVE, vec![key::user_sessions(user)], args).await?)?;
+        if left.remaining > 0 {
+            return Ok(left);
+        }
+        for portion in self.events_of(user).await?.chunks(PARALLEL) {
+            let abandon = |event: &EventId| {
+                let event = *event;
+                async move {
+                    self.touch(event, grace).await?;
+                    let args = [user.to_string(), left.generation.to_string(), ms(grace)];
+                    reply::said(&self.event(&script::ABANDON, event, [], args).await?, "abandoned")
+                }
+            };
+            for done in join_all(portion.iter().map(abandon)).await {
+                done?;
+            }
+        }
+        Ok(left)
+    }
+
+    /// Forgets that a replica has sessions of these users; how many it may still have. `found_us` is when it was seen
+    /// that there are none.
+    async fn unhost(&self, replica: &str, users: &[(UserId, u64)]) -> Result<u64, LedgerError> {
+        let args = users.iter().flat_map(|(user, found_us)| [user.to_string(), found_us.to_string()]).collect();
+        reply::unhosted(self.run(&script::UNHOST, vec![key::hosted(replica)], args).await?)
+    }
+
+    async fn reap_replica(&self, replica: &str, claimed_ms: u64, grace: Duration) -> Result<u64, LedgerError> {
+        // A session that began later shows that the replica lives after all.
+        let before_us = claimed_ms.saturating_sub(whole_ms(REAP_CLAIM)) * 1000;
+        let (mut ended, mut left_before) = (0, u64::MAX);
+        while ended < REAP_USERS_MAX {
+            let members = self.driver.members(&key::hosted(replica), PARALLEL).await?;
+            let users: Vec<UserId> = members.iter().filter_map(|text| text.parse().ok()).collect();
+            if users.is_empty() {
+                let args = vec![replica.to_owned(), claimed_ms.to_string()];
+                reply::dropped(&self.run(&script::DROP, vec![key::DEAD.to_owned()], args).await?)?;
+                break;
+            }
+            let all = Departing::AllOf { replica, before_us };
+            let mut gone = Vec::with_capacity(users.len());
+            for (user, left) in
+                users.iter().zip(join_all(users.iter().map(|user| self.depart(*user, all, grace))).await)
+            {
+                gone.push((*user, left?.found_us));
+            }
+            ended += gone.len();
+            let left = self.unhost(replica, &gone).await?;
+            if left >= left_before {
+                break;
+            }
+            left_before = left;
+        }
+        tracing::info!(replica, users = ended, "ended the sessions of a replica that is gone");
+        Ok(u64::try_from(ended).unwrap_or(u64::MAX))
     }
 }
 
@@ -221,6 +348,13 @@ impl Drop for RedisLedger {
     fn drop(&mut self) {
         self.driver.close();
     }
+}
+
+/// Which sessions of a user end.
+#[derive(Clone, Copy)]
+enum Departing<'a> {
+    One(SessionId),
+    AllOf { replica: &'a str, before_us: u64 },
 }
 
 struct EventSwept {
@@ -233,6 +367,9 @@ struct EventSwept {
 #[async_trait]
 impl Ledger for RedisLedger {
     async fn lock(&self, request: &LockRequest) -> Result<LockOutcome, LedgerError> {
+        if self.is_restoring() {
+            return Err(LedgerError::Restoring);
+        }
         let event = request.event();
         let lock = key::lock(request.lock);
         let named = request.request.as_ref().map(|name| key::request(event, request.user, name));
@@ -281,6 +418,45 @@ impl Ledger for RedisLedger {
         reply::validate(self.event(&script::VALIDATE, request.event, [], args).await?)
     }
 
+    async fn restore(&self, request: &RestoreRequest) -> Result<RestoreOutcome, LedgerError> {
+        let event = request.lock.event();
+        let own = key::lock(request.lock);
+        let (state, order) = match &request.kept {
+            Kept::Attended => ("attended", None),
+            Kept::Pinned => ("pinned", None),
+            Kept::Confirmed { order } => ("confirmed", order.as_ref()),
+        };
+        let named = request.request.as_ref().map(|name| key::request(event, request.user, name));
+        let keys = [
+            own.clone(),
+            named.clone().unwrap_or_else(|| own.clone()),
+            order.map_or(own, |order| key::order(event, order)),
+        ];
+        let args = [
+            request.lock.to_string(),
+            request.user.to_string(),
+            request.category.to_string(),
+            request.quantity.to_string(),
+            request.created_at.as_ms().to_string(),
+            request.deadline.as_ms().to_string(),
+            ms(request.stock_age_max),
+            text(request.session),
+            request.generation.to_string(),
+            state.to_owned(),
+            text(order),
+            ms(self.options.settle_timeout),
+            if named.is_some() { "1" } else { "" }.to_owned(),
+        ];
+        // The indexes first, as for a new lock. When it is due is looked up by the sweep at once.
+        self.touch(event, Duration::ZERO).await?;
+        self.visit(request.user, event).await?;
+        let (outcome, reported) = reply::restore(&self.event(&script::RESTORE, event, keys, args).await?)?;
+        if reported && let Some(order) = order {
+            self.match_order(order, request.lock, request.category, request.quantity, request.user).await?;
+        }
+        Ok(outcome)
+    }
+
     async fn confirm(
         &self,
         lock: LockId,
@@ -294,17 +470,7 @@ impl Ledger for RedisLedger {
         let args = [lock.to_string(), text(user), text(order), ms(self.options.settle_timeout)];
         let (outcome, reported) = reply::confirm(&self.event(&script::CONFIRM, event, keys, args).await?)?;
         if reported && let (Some(order), Some(found)) = (order, self.find(lock).await?) {
-            // Counted again by the order's own record; the part that matters is which lock it used.
-            let report = OrderReport {
-                order: order.clone(),
-                event,
-                category: found.category,
-                quantity: found.quantity,
-                user: found.user,
-                lock: Some(lock),
-                result: OrderResult::Completed,
-            };
-            self.count_order(&report, false).await?;
+            self.match_order(order, lock, found.category, found.quantity, found.user).await?;
         }
         Ok(outcome)
     }
@@ -378,8 +544,15 @@ impl Ledger for RedisLedger {
     }
 
     async fn enter(&self, user: UserId, session: SessionId) -> Result<Presence, LedgerError> {
+        // The index first (one connection keeps the order), so that it is never too small.
+        let hosted = vec![key::hosted(self.replica)];
         let args = vec![session.to_string(), self.replica.to_string()];
-        let generation = reply::entered(self.run(&script::ENTER, vec![key::user_sessions(user)], args).await?)?;
+        let (hosted, entered) = tokio::join!(
+            self.run(&script::HOST, hosted, vec![user.to_string()]),
+            self.run(&script::ENTER, vec![key::user_sessions(user)], args),
+        );
+        reply::said(&hosted?, "hosted")?;
+        let generation = reply::entered(entered?)?;
         let adopt = |event| async move {
             let args = [user.to_string(), generation.to_string()];
             reply::locks(self.event(&script::ADOPT, event, [], args).await?, user)
@@ -389,23 +562,10 @@ impl Ledger for RedisLedger {
     }
 
     async fn leave(&self, user: UserId, session: SessionId, grace: Duration) -> Result<(), LedgerError> {
-        let answer = self.run(&script::LEAVE, vec![key::user_sessions(user)], vec![session.to_string()]).await?;
-        let (generation, remaining) = reply::left(answer)?;
-        if remaining > 0 {
-            return Ok(());
-        }
-        for portion in self.events_of(user).await?.chunks(PARALLEL) {
-            let abandon = |event: &EventId| {
-                let event = *event;
-                async move {
-                    self.touch(event, grace).await?;
-                    let args = [user.to_string(), generation.to_string(), ms(grace)];
-                    reply::said(&self.event(&script::ABANDON, event, [], args).await?, "abandoned")
-                }
-            };
-            for done in join_all(portion.iter().map(abandon)).await {
-                done?;
-            }
+        let left = self.depart(user, Departing::One(session), grace).await?;
+        if left.here == 0 {
+            // A leftover costs one look when this replica is reaped.
+            self.unhost(&self.replica.to_string(), &[(user, left.found_us)]).await.ok();
         }
         Ok(())
     }
@@ -416,7 +576,8 @@ impl Ledger for RedisLedger {
 
     async fn sweep(&self) -> Result<Swept, LedgerError> {
         let args = vec![SWEEP_EVENTS_MAX.to_string(), ms(CLAIM)];
-        let (claimed_ms, next_ms, events) = reply::due(self.run(&script::DUE, vec![key::DUE.to_owned()], args).await?)?;
+        let (claimed_ms, next_ms, events) =
+            reply::due::<EventId>(self.run(&script::DUE, vec![key::DUE.to_owned()], args).await?)?;
         let mut swept = Swept::default();
         let mut next = u64::try_from(next_ms).ok().map(Duration::from_millis);
         for one in join_all(events.into_iter().map(|event| self.sweep_event(event, claimed_ms))).await {
@@ -431,17 +592,28 @@ impl Ledger for RedisLedger {
         Ok(swept)
     }
 
-    async fn beat(&self, report: &ReplicaReport) -> Result<(), LedgerError> {
+    async fn reap(&self, grace: Duration) -> Result<u64, LedgerError> {
+        let args = vec![REAP_REPLICAS_MAX.to_string(), ms(REAP_CLAIM)];
+        let claimed = self.run(&script::DUE, vec![key::DEAD.to_owned()], args).await?;
+        let (claimed_ms, _, replicas) = reply::due::<String>(claimed)?;
+        let mut users = 0;
+        for replica in replicas {
+            users += self.reap_replica(&replica, claimed_ms, grace).await?;
+        }
+        Ok(users)
+    }
+
+    async fn beat(&self, report: &ReplicaReport) -> Result<Footing, LedgerError> {
         self.report(LEASE, format!("{} {}", report.users, report.sockets)).await
     }
 
     async fn farewell(&self, _replica: ReplicaId) -> Result<(), LedgerError> {
-        self.report(Duration::ZERO, String::new()).await
+        self.report(Duration::ZERO, String::new()).await.map(drop)
     }
 
     async fn stats(&self) -> Result<FleetStats, LedgerError> {
         let mut fleet = FleetStats::default();
-        for (users, sockets) in self.fleet.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+        for (users, sockets) in &self.known().fleet {
             fleet.replicas += 1;
             fleet.users += users;
             fleet.sockets += sockets;

@@ -9,7 +9,7 @@ use super::driver::Reply;
 use super::script::Script;
 use crate::domain::{
     AcceptOutcome, AskOutcome, Availability, BookStats, CategoryId, ConfirmOutcome, EventId, Grant, Instant, Lock,
-    LockId, LockOutcome, LockStatus, Quantity, ReleaseOutcome, SnapshotNumber, UserId, ValidateOutcome,
+    LockId, LockOutcome, LockStatus, Quantity, ReleaseOutcome, RestoreOutcome, SnapshotNumber, UserId, ValidateOutcome,
 };
 
 /// A reply being read, front to back.
@@ -330,17 +330,17 @@ pub(super) fn tally(mut parts: Parts) -> Result<BookStats, LedgerError> {
     })
 }
 
-/// The claim's score, until the next unclaimed event is due (ms, -1 for never), and the claimed events.
-pub(super) fn due(mut parts: Parts) -> Result<(u64, i64, Vec<EventId>), LedgerError> {
+/// The claim's score, until the next unclaimed member is due (ms, -1 for never), and the claimed members.
+pub(super) fn due<T: FromStr>(mut parts: Parts) -> Result<(u64, i64, Vec<T>), LedgerError> {
     if parts.word() != "due" {
         return Err(parts.unexpected());
     }
     let (next_ms, claimed) = (parts.read()?, parts.read()?);
-    let mut events = Vec::new();
+    let mut members = Vec::new();
     for text in parts.texts()? {
-        events.push(text.parse().map_err(|_| parts.unexpected())?);
+        members.push(text.parse().map_err(|_| parts.unexpected())?);
     }
-    Ok((claimed, next_ms, events))
+    Ok((claimed, next_ms, members))
 }
 
 /// How long until the event is looked at again, `None` when it was dropped.
@@ -352,12 +352,57 @@ pub(super) fn plan(mut parts: Parts) -> Result<Option<Duration>, LedgerError> {
     }
 }
 
-/// The generation and how many other sessions of the user are open.
-pub(super) fn left(mut parts: Parts) -> Result<(u64, u64), LedgerError> {
+/// What `leave` found.
+pub(super) struct Left {
+    pub(super) generation: u64,
+    /// The user's other sessions, on all replicas.
+    pub(super) remaining: u64,
+    /// Those on the replica that was asked about.
+    pub(super) here: u64,
+    /// When this was found, microseconds.
+    pub(super) found_us: u64,
+}
+
+pub(super) fn left(mut parts: Parts) -> Result<Left, LedgerError> {
     match parts.word() {
-        "left" => Ok((parts.read()?, parts.read()?)),
+        "left" => Ok(Left {
+            generation: parts.read()?,
+            remaining: parts.read()?,
+            here: parts.read()?,
+            found_us: parts.read()?,
+        }),
         _ => Err(parts.unexpected()),
     }
+}
+
+/// How many users the replica may still have sessions of.
+pub(super) fn unhosted(mut parts: Parts) -> Result<u64, LedgerError> {
+    match parts.word() {
+        "unhosted" => parts.read(),
+        _ => Err(parts.unexpected()),
+    }
+}
+
+/// True when the member was taken out.
+pub(super) fn dropped(parts: &Parts) -> Result<bool, LedgerError> {
+    match parts.word() {
+        "dropped" => Ok(true),
+        "rewritten" => Ok(false),
+        _ => Err(parts.unexpected()),
+    }
+}
+
+/// The outcome, and whether the order that confirmed the lock was reported.
+pub(super) fn restore(parts: &Parts) -> Result<(RestoreOutcome, bool), LedgerError> {
+    Ok(match parts.word() {
+        "restored" => (RestoreOutcome::Restored, false),
+        "restored_reported" => (RestoreOutcome::Restored, true),
+        "known" => (RestoreOutcome::Known, false),
+        "expired" => (RestoreOutcome::Expired, false),
+        "no_room" => (RestoreOutcome::NoRoom, false),
+        "stock_unknown" => (RestoreOutcome::StockUnknown, false),
+        _ => return Err(parts.unexpected()),
+    })
 }
 
 pub(super) fn entered(mut parts: Parts) -> Result<u64, LedgerError> {
@@ -367,18 +412,28 @@ pub(super) fn entered(mut parts: Parts) -> Result<u64, LedgerError> {
     }
 }
 
-/// Users and sockets of each living replica.
-pub(super) fn alive(mut parts: Parts) -> Result<Vec<(u64, u64)>, LedgerError> {
+/// What `beat` says.
+pub(super) struct Alive {
+    /// The lease had not run out.
+    pub(super) held: bool,
+    /// The data's own name.
+    pub(super) epoch: String,
+    /// Users and sockets of each living replica.
+    pub(super) reports: Vec<(u64, u64)>,
+}
+
+pub(super) fn alive(mut parts: Parts) -> Result<Alive, LedgerError> {
     if parts.word() != "alive" {
         return Err(parts.unexpected());
     }
+    let (held, epoch) = (parts.read::<u8>()? == 1, parts.text()?);
     let mut reports = Vec::new();
     for text in parts.texts()? {
         let report =
             text.split_once(' ').and_then(|(users, sockets)| Some((users.parse().ok()?, sockets.parse().ok()?)));
         reports.push(report.ok_or_else(|| parts.unexpected())?);
     }
-    Ok(reports)
+    Ok(Alive { held, epoch, reports })
 }
 
 /// Checks the word of a script that says only one.

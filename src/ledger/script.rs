@@ -69,6 +69,7 @@ use Arity::{AtLeast, Exactly};
 
 scripts! {
     LOCK = "lock" event (Exactly(9), Exactly(13));
+    RESTORE = "restore" event (Exactly(9), Exactly(14));
     VALIDATE = "validate" event (Exactly(6), Exactly(5));
     CONFIRM = "confirm" event (Exactly(8), Exactly(5));
     RELEASE = "release" event (Exactly(7), Exactly(5));
@@ -89,6 +90,9 @@ scripts! {
     VISIT = "visit" alone (Exactly(1), Exactly(1));
     FORGET = "forget" alone (Exactly(1), AtLeast(1));
     ENTER = "enter" alone (Exactly(1), Exactly(2));
-    LEAVE = "leave" alone (Exactly(1), Exactly(1));
-    BEAT = "beat" alone (Exactly(3), Exactly(3));
+    LEAVE = "leave" alone (Exactly(1), Exactly(3));
+    HOST = "host" alone (Exactly(1), Exactly(1));
+    UNHOST = "unhost" alone (Exactly(1), AtLeast(2));
+    DROP = "drop" alone (Exactly(1), Exactly(2));
+    BEAT = "beat" alone (Exactly(5), Exactly(4));
 }

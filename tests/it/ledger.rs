@@ -3,13 +3,14 @@
 use std::time::Duration;
 
 use seatlock::domain::{
-    AcceptOutcome, AskOutcome, ConfirmOutcome, LockId, LockOutcome, LockStatus, OrderOutcome, OrderResult, Personal,
-    RateLimit, ReleaseOutcome, ReleaseReason, Releaser, SessionId, SnapshotNumber, ValidateOutcome, ValidateRequest,
+    AcceptOutcome, AskOutcome, ConfirmOutcome, Instant, Kept, LockId, LockOutcome, LockStatus, OrderOutcome,
+    OrderResult, Personal, RateLimit, ReleaseOutcome, ReleaseReason, Releaser, RestoreOutcome, RestoreRequest,
+    SessionId, SnapshotNumber, ValidateOutcome, ValidateRequest,
 };
 use seatlock::ledger::{ChangeKind, FeedItem, Topic};
 
 use crate::support::ledger::{
-    SETTLE, Stepped, TTL, WARNING, category, event, order_id, quantity, report, request, snapshot, user,
+    SETTLE, START_US, Stepped, TTL, WARNING, category, event, order_id, quantity, report, request, snapshot, user,
 };
 
 const MS: Duration = Duration::from_millis(1);
@@ -52,6 +53,24 @@ fn validate(user_id: u64, category_id: u64, n: u64) -> ValidateRequest {
 
 fn owner(user_id: u64) -> Releaser {
     Releaser::Owner { user: user(user_id), session: None }
+}
+
+/// A lock as a replica would remember it, granted now.
+fn lost(on: &Stepped, user_id: u64, n: u64, kept: Kept) -> RestoreRequest {
+    let created_at = Instant::from_ms(on.now_us() / 1000);
+    RestoreRequest {
+        lock: LockId::generate(event(1)),
+        user: user(user_id),
+        category: category(1),
+        quantity: quantity(n),
+        created_at,
+        deadline: Instant::from_ms(created_at.as_ms() + u64::try_from(TTL.as_millis()).expect("short")),
+        kept,
+        request: Some("try-1".parse().expect("a request id")),
+        session: Some(SessionId::generate()),
+        generation: 0,
+        stock_age_max: Duration::from_mins(10),
+    }
 }
 
 const ORDERS: Releaser = Releaser::Orders { user: None };
@@ -412,7 +431,8 @@ on_both! {
         let lock = on.grant(event(1), 1, 7, 2).await;
         let FeedItem::Changed(locked) = next().await else { panic!("the lock") };
         assert_eq!((locked.availability.active, locked.availability.available()), (2, 7));
-        assert_eq!(locked.availability.version, stocked.availability.version + 1);
+        assert_eq!(stocked.availability.version, START_US, "the time in microseconds");
+        assert_eq!(locked.availability.version, START_US + 1, "or one more than the version before");
         assert_eq!((locked.changes[0].kind, locked.changes[0].user), (ChangeKind::Locked, user(7)));
         on.step(TTL - WARNING).await;
         on.ledger.sweep().await.unwrap();
@@ -427,9 +447,68 @@ on_both! {
         };
         assert_eq!(expired, lock);
         assert_eq!(back.changes[0].kind, ChangeKind::Back(ReleaseReason::Expired));
-        assert_eq!(back.availability.version, locked.availability.version + 1);
+        assert_eq!(back.availability.version, START_US + u64::try_from(TTL.as_micros()).unwrap());
         on.ledger.tell(user(7), &Personal::Expired { lock, category: category(1), quantity: quantity(2) }).await.unwrap();
         assert!(matches!(next().await, FeedItem::Personal(_, Personal::Expired { .. })));
+    }
+
+    /// A lock that the ledger does not know is taken back once, while its tickets are free; then it is like any other.
+    async fn lost_locks_are_taken_back(on: &Stepped) {
+        let lost = lost(on, 7, 2, Kept::Attended);
+        let restore = async |asked: &RestoreRequest| on.ledger.restore(asked).await.unwrap();
+        assert_eq!(restore(&lost).await, RestoreOutcome::StockUnknown);
+        on.stock(event(1), &[(1, 9, 4)]).await;
+        let other = on.grant(event(1), 1, 8, 2).await;
+        assert_eq!(restore(&RestoreRequest { quantity: quantity(3), ..lost.clone() }).await, RestoreOutcome::NoRoom);
+        assert_eq!(restore(&RestoreRequest { user: user(8), ..lost.clone() }).await, RestoreOutcome::NoRoom, "has one");
+        assert_eq!(restore(&RestoreRequest { category: category(2), ..lost.clone() }).await, RestoreOutcome::NoRoom);
+        assert_eq!(restore(&lost).await, RestoreOutcome::Restored);
+        assert_eq!(restore(&lost).await, RestoreOutcome::Known, "a repeat");
+        assert_eq!(on.counts(event(1), 1).await, (0, 4, 0));
+        let (found, others) =
+            (on.ledger.find(lost.lock).await.unwrap().unwrap(), on.ledger.find(other).await.unwrap().unwrap());
+        assert_eq!((found.created_at, found.deadline, found.session), (lost.created_at, lost.deadline, lost.session));
+        assert!(found.version > others.version, "a higher fencing token");
+        assert_eq!(on.ledger.locks_of(user(7)).await.unwrap().len(), 1, "found again by its user");
+        let mut again = request(event(1), 1, 7, 2);
+        again.request = lost.request.clone();
+        let repeated = on.ledger.lock(&again).await.unwrap();
+        assert!(matches!(repeated, LockOutcome::GrantedBefore(grant) if grant.lock == lost.lock), "{repeated:?}");
+        assert!(matches!(on.ledger.release(other, owner(8)).await.unwrap(), ReleaseOutcome::Released(_)));
+        assert_eq!(restore(&RestoreRequest { lock: other, ..lost.clone() }).await, RestoreOutcome::Known, "it ended");
+        on.step(TTL).await;
+        assert_eq!(on.ledger.sweep().await.unwrap().expired, 1);
+        assert_eq!(on.counts(event(1), 1).await, (4, 0, 0));
+        let late = RestoreRequest { lock: LockId::generate(event(1)), ..lost };
+        assert_eq!(restore(&late).await, RestoreOutcome::Expired);
+    }
+
+    /// A pinned lock comes back pinned, and a sale that no snapshot shows yet comes back as one.
+    async fn lost_pins_and_sales_are_taken_back(on: &Stepped) {
+        on.stock(event(1), &[(1, 9, 9)]).await;
+        let pinned = lost(on, 7, 2, Kept::Pinned);
+        assert_eq!(on.ledger.restore(&pinned).await.unwrap(), RestoreOutcome::Restored);
+        let session = SessionId::generate();
+        on.ledger.enter(user(7), session).await.unwrap();
+        on.ledger.leave(user(7), session, GRACE).await.unwrap();
+        assert_eq!(on.ledger.find(pinned.lock).await.unwrap().unwrap().deadline, pinned.deadline);
+
+        let order = order_id("A");
+        let sold = lost(on, 8, 3, Kept::Confirmed { order: Some(order.clone()) });
+        assert_eq!(on.ledger.restore(&sold).await.unwrap(), RestoreOutcome::Restored);
+        assert_eq!(on.counts(event(1), 1).await, (4, 2, 3));
+        let confirm = async |order| on.ledger.confirm(sold.lock, None, Some(&order)).await.unwrap();
+        assert_eq!(confirm(order).await, ConfirmOutcome::AlreadyConfirmed);
+        assert_eq!(confirm(order_id("B")).await, ConfirmOutcome::OtherOrder);
+        on.ledger.order(&report(event(1), "A", 1, 8, 3, OrderResult::Completed)).await.unwrap();
+        on.stock(event(1), &[(1, 9, 6)]).await;
+        assert_eq!(on.counts(event(1), 1).await, (4, 2, 0), "the snapshot shows it");
+
+        on.ledger.order(&report(event(1), "C", 1, 9, 1, OrderResult::Completed)).await.unwrap();
+        assert_eq!(on.counts(event(1), 1).await, (3, 2, 1), "reported, and no lock known");
+        let late = lost(on, 9, 1, Kept::Confirmed { order: Some(order_id("C")) });
+        assert_eq!(on.ledger.restore(&late).await.unwrap(), RestoreOutcome::Restored);
+        assert_eq!(on.counts(event(1), 1).await, (3, 2, 1), "counted once");
     }
 
     /// An abandoned lock that runs out is told as abandoned.

@@ -177,6 +177,24 @@ async fn every_documented_reply_is_reached() {
     assert_eq!(on.alone("bury", &["ended", "holders", "lock-5"], &["lock-5|1|1|11"]).await, ["buried"]);
     assert_eq!(on.alone("tally", &["counts", "deadlines"], &[]).await[0], "tally");
 
+    let restore = async |lock: &str, user: &str, quantity: &str, deadline: u64, state: &str, order: &str| {
+        let (deadline, order_key) = (deadline.to_string(), format!("order-{order}"));
+        let keys = [lock, "request-2", if order.is_empty() { lock } else { &order_key }];
+        let given = [lock, user, "1", quantity, "1", &deadline, "600000", "s", "1", state, order, "30000", "1"];
+        on.event("restore", &keys, &given).await.remove(0)
+    };
+    let now = on.now_ms.get();
+    assert_eq!(restore("lock-2", "8", "1", now + 1, "attended", "").await, "known");
+    assert_eq!(restore("lock-6", "12", "1", now, "attended", "").await, "expired");
+    assert_eq!(restore("lock-6", "12", "1", now + 1000, "attended", "").await, "stock_unknown");
+    on.stock(&["1", "9", "9", "0", "2", "9", "0", "1", "3", "9", "9", "0"]).await;
+    assert_eq!(restore("lock-6", "12", "10", now + 1000, "attended", "").await, "no_room");
+    assert_eq!(restore("lock-6", "12", "1", now + 1000, "attended", "").await, "restored", "though it is closed");
+    assert_eq!(restore("lock-7", "12", "1", now + 1000, "pinned", "").await, "no_room", "one lock in a category");
+    assert_eq!(restore("lock-7", "12", "1", 1, "confirmed", "").await, "restored");
+    assert_eq!(on.order("E", "12", "2", "completed").await, ["noted"]);
+    assert_eq!(restore("lock-8", "12", "1", 1, "confirmed", "E").await, "restored_reported");
+
     assert_eq!(on.alone("touch", &["due", "events"], &["1", "1000"]).await, ["touched"]);
     assert_eq!(on.alone("due", &["due"], &["64", "1000"]).await[..2], ["due", "1000"]);
     on.pass(1000).await;
@@ -191,9 +209,34 @@ async fn every_documented_reply_is_reached() {
     assert_eq!(on.alone("visit", &["visited"], &["1"]).await, ["visited"]);
     assert_eq!(on.alone("forget", &["visited"], &["1"]).await, ["forgotten"]);
     assert_eq!(on.alone("enter", &["sessions"], &["s", "r"]).await[0], "entered");
-    let left = on.alone("leave", &["sessions"], &["s"]).await;
-    assert_eq!((left[0].as_str(), left[2].as_str()), ("left", "0"));
-    assert_eq!(on.alone("beat", &["leases", "reports", "events"], &["r", "5000", "1 2"]).await, ["alive", "1 2"]);
+    assert_eq!(on.alone("enter", &["sessions"], &["t", "r"]).await[0], "entered");
+    let left = on.alone("leave", &["sessions"], &["s", "r", ""]).await;
+    assert_eq!((left[0].as_str(), &left[2], &left[3]), ("left", &"1".to_owned(), &"1".to_owned()));
+    let left = on.alone("leave", &["sessions"], &["", "r", &left[4]]).await;
+    assert_eq!(left[2..4], ["1", "1"], "it began at that very time");
+    on.pass(1).await;
+    let left = on.alone("leave", &["sessions"], &["", "other", "9000000000000000"]).await;
+    assert_eq!(left[2..4], ["1", "0"], "of another replica");
+    let left = on.alone("leave", &["sessions"], &["", "r", &left[4]]).await;
+    assert_eq!(left[2..4], ["0", "0"]);
+    assert_eq!(on.alone("host", &["hosted"], &["7"]).await, ["hosted"]);
+    assert_eq!(on.alone("unhost", &["hosted"], &["7", &left[4]]).await, ["unhosted", "1"], "began since");
+    on.pass(1).await;
+    let found_us = (on.now_ms.get() * 1000).to_string();
+    assert_eq!(on.alone("unhost", &["hosted"], &["7", &found_us]).await, ["unhosted", "0"]);
+    let beat = async |replica: &str, lease: &str, epoch: &str| {
+        on.alone("beat", &["leases", "reports", "events", "dead", "epoch"], &[replica, lease, "1 2", epoch]).await
+    };
+    assert_eq!(beat("r", "5000", "e1").await, ["alive", "0", "e1", "1 2"]);
+    assert_eq!(beat("r", "5000", "e2").await, ["alive", "1", "e1", "1 2"]);
+    on.pass(5000).await;
+    assert_eq!(beat("q", "5000", "e3").await, ["alive", "0", "e1", "1 2"], "r is dead");
+    let dead = on.alone("due", &["dead"], &["4", "5000"]).await;
+    assert_eq!(dead[3..], ["r"]);
+    assert_eq!(on.alone("drop", &["dead"], &["r", "1"]).await, ["rewritten"]);
+    assert_eq!(on.alone("drop", &["dead"], &["r", &dead[2]]).await, ["dropped"]);
+    assert_eq!(beat("q", "0", "e3").await, ["alive", "1", "e1"], "gone without a word left");
+    assert_eq!(on.alone("due", &["dead"], &["4", "5000"]).await[3..], ["q"], "and looked after");
 
     let seen = on.seen.borrow();
     for script in Script::ALL {
@@ -215,10 +258,17 @@ async fn every_key_has_a_lifetime() {
     on.confirm("lock-2", "8", "").await;
     on.alone("visit", &["visited"], &["1"]).await;
     on.alone("enter", &["sessions"], &["s", "r"]).await;
-    on.alone("beat", &["leases", "reports", "events"], &["r", "5000", "1 2"]).await;
+    on.alone("host", &["hosted"], &["7"]).await;
+    let fleet = ["leases", "reports", "events", "dead", "epoch"];
+    on.alone("beat", &fleet, &["r", "5000", "1 2", "e"]).await;
+    on.alone("beat", &fleet, &["q", "0", "", "e"]).await;
     on.pass(300_000).await;
     on.event("sweep", &[], &["60000"]).await;
     let keys = on.server.keys().await;
+    assert!(
+        ["leases", "reports", "dead", "epoch", "hosted"].iter().all(|key| keys.iter().any(|k| k == key)),
+        "{keys:?}"
+    );
     assert!(
         ["counts", "ended", "settling", "sold", "holders"].iter().all(|key| keys.iter().any(|k| k == key)),
         "{keys:?}"

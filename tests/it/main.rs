@@ -14,5 +14,6 @@ mod ledger;
 mod lua;
 mod outage;
 mod rpc;
+mod sessions;
 mod support;
 mod tidy;

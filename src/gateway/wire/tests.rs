@@ -284,7 +284,7 @@ fn news_are_written_as_the_contract_says() {
         );
     }
     let told = |message: Personal| {
-        let (name, json) = personal(&message);
+        let (name, json) = personal(&message).expect("for clients");
         format!("{name} {}", json.get())
     };
     let (lock, category, quantity) = (lock_id(), category(), tickets(2));
@@ -296,6 +296,8 @@ fn news_are_written_as_the_contract_says() {
         told(Personal::Expiring { lock, deadline: T, remaining: Duration::from_micros(59_999_900) }),
         format!(r#"lock-expiring {{"lockId":"{LOCK_TEXT}","expiresAt":"{T_TEXT}","remainingMs":59999}}"#)
     );
+    assert!(personal(&Personal::Pinned { lock, deadline: T }).is_none());
+    assert!(personal(&Personal::Confirmed { lock, order: None }).is_none());
     let reason = ReleaseReason::Released;
     assert_eq!(
         told(Personal::Released { lock, category, quantity, reason, by: Some(SessionId::from_u128(1)) }),
@@ -316,7 +318,8 @@ fn order_ids_keep_the_form_in_which_they_came() {
             event: event(),
             category: category(),
             quantity: tickets(2),
-        });
+        })
+        .expect("for clients");
         format!("{name} {}", json.get())
     };
     assert_eq!(

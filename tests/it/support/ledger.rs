@@ -62,6 +62,19 @@ impl Stepped {
         stepped
     }
 
+    /// Another replica on the same Redis and the same clock.
+    pub fn another(&self, _scripts: Option<&'static std::path::Path>) -> Arc<dyn Ledger> {
+        let url = self.redis.as_ref().expect("the model has one replica").0.url();
+        let (replica, timeout) = (ReplicaId::generate(), Duration::from_secs(5));
+        let redis = RedisOptions { url, replica, timeout, wait: 0, clock: RedisClock::Stepped };
+        Arc::new(RedisLedger::connect(&redis, options()).expect("a good address"))
+    }
+
+    /// What the clock says.
+    pub fn now_us(&self) -> u64 {
+        self.now_us.load(Ordering::SeqCst)
+    }
+
     /// Lets time pass.
     pub async fn step(&self, by: Duration) {
         let now = self.now_us.fetch_add(u64::try_from(by.as_micros()).expect("short"), Ordering::SeqCst)

@@ -1,0 +1,186 @@
+//! Replicas die, or are only slow, and Redis forgets: sessions and their locks are looked after by whoever is left.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use fred::interfaces::ClientLike;
+use seatlock::domain::{
+    Kept, LockId, LockOutcome, ReplicaId, ReplicaReport, RestoreOutcome, RestoreRequest, SessionId,
+};
+use seatlock::ledger::{ErrorKind, Footing, Ledger};
+
+use crate::support::ledger::{Stepped, TTL, event, live, request, stock, user};
+use crate::support::redis::RedisServer;
+
+const GRACE: Duration = Duration::from_secs(15);
+const LEASE: Duration = Duration::from_secs(5);
+const MS: Duration = Duration::from_millis(1);
+
+/// Two replicas, a clock that the test steps, and one user at the first replica who holds a lock of event 1.
+struct Pair {
+    on: Stepped,
+    other: Arc<dyn Ledger>,
+    session: SessionId,
+    lock: LockId,
+}
+
+async fn beat(ledger: &dyn Ledger) -> Footing {
+    // A ledger says who it is by itself; the report only counts.
+    let report = ReplicaReport { replica: ReplicaId::generate(), users: 1, sockets: 1 };
+    ledger.beat(&report).await.unwrap()
+}
+
+impl Pair {
+    async fn start() -> Self {
+        let on = Stepped::redis().await;
+        let other = on.another(None);
+        let session = SessionId::generate();
+        for ledger in [&on.ledger, &other] {
+            assert_eq!(beat(ledger.as_ref()).await, Footing::Firm);
+        }
+        on.stock(event(1), &[(1, 9, 9)]).await;
+        let generation = on.ledger.enter(user(7), session).await.unwrap().generation;
+        let mut asked = request(event(1), 1, 7, 2);
+        asked.generation = generation;
+        assert!(matches!(on.ledger.lock(&asked).await.unwrap(), LockOutcome::Granted(_)));
+        Self { on, other, session, lock: asked.lock }
+    }
+
+    /// What the lock has left.
+    async fn left(&self) -> Duration {
+        let lock = self.other.find(self.lock).await.unwrap().unwrap();
+        Duration::from_millis(lock.deadline.as_ms() - self.on.now_us() / 1000)
+    }
+
+    /// The first replica says nothing for longer than its lease, and the other notices.
+    async fn die(&self) {
+        self.on.step(LEASE - MS).await;
+        beat(self.other.as_ref()).await;
+        assert_eq!(self.other.reap(GRACE).await.unwrap(), 0, "the lease runs");
+        self.on.step(MS).await;
+        beat(self.other.as_ref()).await;
+    }
+}
+
+/// The users of a replica that died have the same grace as others, and find their locks at another replica.
+#[tokio::test]
+async fn a_dead_replicas_users_have_the_grace() {
+    let pair = Pair::start().await;
+    pair.die().await;
+    assert_eq!(pair.left().await, TTL - LEASE, "nobody has reaped yet");
+    assert_eq!(pair.other.reap(GRACE).await.unwrap(), 1);
+    assert_eq!(pair.left().await, GRACE);
+    assert_eq!(pair.other.reap(GRACE).await.unwrap(), 0, "done");
+    pair.on.step(GRACE - MS).await;
+    let presence = pair.other.enter(user(7), SessionId::generate()).await.unwrap();
+    assert_eq!(presence.locks[0].id, pair.lock);
+    assert_eq!(pair.left().await, TTL - LEASE - GRACE + MS, "as if nothing had been");
+
+    let pair = Pair::start().await;
+    pair.die().await;
+    pair.other.reap(GRACE).await.unwrap();
+    pair.on.step(GRACE).await;
+    assert_eq!(pair.on.counts(event(1), 1).await, (9, 0, 0), "who does not come back has lost them");
+}
+
+/// Several replicas reap at once: every user is seen to, once.
+#[tokio::test]
+async fn reaping_is_shared() {
+    let pair = Pair::start().await;
+    for id in 100..400 {
+        pair.on.ledger.enter(user(id), SessionId::generate()).await.unwrap();
+    }
+    let third = pair.on.another(None);
+    beat(third.as_ref()).await;
+    pair.die().await;
+    let (one, two) = tokio::join!(pair.other.reap(GRACE), third.reap(GRACE));
+    assert_eq!(one.unwrap() + two.unwrap(), 301);
+}
+
+/// A replica that was only slow enters its sessions again, and reaping that has begun does not end them.
+#[tokio::test]
+async fn a_slow_replica_keeps_its_sessions() {
+    let pair = Pair::start().await;
+    pair.die().await;
+    pair.other.reap(GRACE).await.unwrap();
+    pair.on.step(MS).await;
+    assert_eq!(beat(pair.on.ledger.as_ref()).await, Footing::Doubtful);
+    pair.on.ledger.enter(user(7), pair.session).await.unwrap();
+    assert_eq!(pair.left().await, TTL - LEASE - MS);
+    assert_eq!(beat(pair.on.ledger.as_ref()).await, Footing::Firm);
+    assert_eq!(pair.other.reap(GRACE).await.unwrap(), 0);
+    assert_eq!(pair.left().await, TTL - LEASE - MS);
+}
+
+/// The grace begins when a user's last session anywhere has gone: tabs and telephones share.
+#[tokio::test]
+async fn the_last_session_anywhere_counts() {
+    let pair = Pair::start().await;
+    let phone = SessionId::generate();
+    pair.other.enter(user(7), phone).await.unwrap();
+    pair.die().await;
+    assert_eq!(pair.other.reap(GRACE).await.unwrap(), 1);
+    assert_eq!(pair.left().await, TTL - LEASE, "the telephone is there");
+    pair.other.leave(user(7), phone, GRACE).await.unwrap();
+    assert_eq!(pair.left().await, GRACE);
+}
+
+/// A session that leaves is not looked after again, one that a farewell left behind is.
+#[tokio::test]
+async fn a_farewell_leaves_nothing_behind() {
+    let pair = Pair::start().await;
+    let second = SessionId::generate();
+    pair.on.ledger.enter(user(8), second).await.unwrap();
+    pair.on.step(MS).await;
+    pair.on.ledger.leave(user(8), second, GRACE).await.unwrap();
+    pair.on.ledger.farewell(ReplicaId::generate()).await.unwrap();
+    assert_eq!(pair.other.reap(GRACE).await.unwrap(), 1, "only who was left");
+    assert_eq!(pair.left().await, GRACE);
+    pair.on.step(LEASE).await;
+    assert_eq!(pair.other.reap(GRACE).await.unwrap(), 0);
+}
+
+/// Redis comes back empty: that is noticed, new locks wait for a moment, and those who had locks have them back.
+#[tokio::test]
+async fn lost_data_is_noticed_and_locks_are_handed_back() {
+    let server = RedisServer::start().await;
+    let ledger = live(&server, Duration::from_secs(5), 0);
+    assert_eq!(beat(ledger.as_ref()).await, Footing::Firm);
+    assert_eq!(beat(ledger.as_ref()).await, Footing::Firm);
+    stock(ledger.as_ref(), event(1), &[(1, 9, 9)]).await;
+    let asked = request(event(1), 1, 7, 2);
+    let LockOutcome::Granted(grant) = ledger.lock(&asked).await.unwrap() else { panic!("nine are free") };
+    let client = server.client().await;
+    let () = client.flushall(false).await.unwrap();
+
+    assert_eq!(beat(ledger.as_ref()).await, Footing::Doubtful);
+    let noticed = Instant::now();
+    assert_eq!(beat(ledger.as_ref()).await, Footing::Firm, "said once");
+    let refused = ledger.lock(&request(event(1), 1, 8, 2)).await.expect_err("others had locks before");
+    assert_eq!((refused.kind(), refused.is_retryable()), (ErrorKind::Restoring, true));
+    stock(ledger.as_ref(), event(1), &[(1, 9, 9)]).await;
+    let remembered = RestoreRequest {
+        lock: asked.lock,
+        user: asked.user,
+        category: asked.category,
+        quantity: asked.quantity,
+        created_at: grant.now,
+        deadline: grant.deadline,
+        kept: Kept::Attended,
+        request: None,
+        session: None,
+        generation: 0,
+        stock_age_max: Duration::from_mins(1),
+    };
+    assert_eq!(ledger.restore(&remembered).await.unwrap(), RestoreOutcome::Restored);
+    let found = ledger.find(asked.lock).await.unwrap().expect("handed back");
+    assert_eq!(found.deadline, grant.deadline);
+    assert!(found.version > Some(grant.version), "versions and fencing tokens go on rising");
+    while ledger.lock(&request(event(1), 1, 8, 2)).await.is_err() {
+        assert!(noticed.elapsed() < Duration::from_secs(5), "still restoring");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert!(noticed.elapsed() >= Duration::from_secs(2), "{:?}", noticed.elapsed());
+    let rows = ledger.availability(event(1), Duration::from_mins(1)).await.unwrap().expect("known");
+    assert_eq!((rows[0].available(), rows[0].active), (5, 4));
+}
