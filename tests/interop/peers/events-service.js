@@ -64,6 +64,7 @@ async function main() {
   serve({
     put: async (event) => stock.put(event),
     read: async ({ eventId }) => stock.categories(eventId),
+    sell: async (sale) => stock.reserve(sale),
     asked: async () => stock.asked,
     delay: async ({ ms }) => { stock.delayMs = ms; },
     reservations: async ({ open }) => { stock.reservations = open; },
