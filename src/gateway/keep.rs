@@ -120,7 +120,7 @@ impl Keep {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::domain::{EventId, OrderResult, ReleaseReason};
+    use crate::domain::{EventId, OrderId, OrderResult, ReleaseReason};
 
     fn user() -> UserId {
         UserId::new(7).expect("an id")
@@ -145,9 +145,9 @@ mod tests {
         keep.granted(user(), memento(id));
         keep.heard(user(), &Personal::Pinned { lock: id, deadline: Instant::from_ms(20) });
         assert_eq!((keep.of(user())[0].kept.clone(), keep.of(user())[0].deadline.as_ms()), (Kept::Pinned, 20));
-        let order = Some("A-1".parse().expect("an order id"));
-        keep.heard(user(), &Personal::Confirmed { lock: id, order: order.clone() });
-        assert_eq!(keep.of(user())[0].kept, Kept::Confirmed { order: order.clone() });
+        let order: OrderId = "A-1".parse().expect("an order id");
+        keep.heard(user(), &Personal::Confirmed { lock: id, order: Some(order.clone()) });
+        assert_eq!(keep.of(user())[0].kept, Kept::Confirmed { order: Some(order.clone()) });
         let report = |order| Personal::Order {
             result: OrderResult::Completed,
             order,
@@ -158,7 +158,7 @@ mod tests {
         };
         keep.heard(user(), &report("B-2".parse().expect("an order id")));
         assert_eq!(keep.of(user()).len(), 1, "another order's report");
-        keep.heard(user(), &report(order.expect("given")));
+        keep.heard(user(), &report(order));
         assert_eq!(keep.of(user()), []);
     }
 

@@ -177,6 +177,18 @@ async fn every_documented_reply_is_reached() {
     assert_eq!(on.alone("bury", &["ended", "holders", "lock-5"], &["lock-5|1|1|11"]).await, ["buried"]);
     assert_eq!(on.alone("tally", &["counts", "deadlines"], &[]).await[0], "tally");
 
+    restore_replies(&on).await;
+    fleet_replies(&on).await;
+
+    let seen = on.seen.borrow();
+    for script in Script::ALL {
+        let said = seen.iter().filter(|(name, _)| name == script.name).map(|(_, word)| word.clone()).collect();
+        assert_eq!(documented(script), said, "{}: documented and reached", script.name);
+    }
+}
+
+/// What `restore` answers; 'lock-2' is known, and the stock is too old.
+async fn restore_replies(on: &Bench) {
     let restore = async |lock: &str, user: &str, quantity: &str, deadline: u64, state: &str, order: &str| {
         let (deadline, order_key) = (deadline.to_string(), format!("order-{order}"));
         let keys = [lock, "request-2", if order.is_empty() { lock } else { &order_key }];
@@ -194,7 +206,10 @@ async fn every_documented_reply_is_reached() {
     assert_eq!(restore("lock-7", "12", "1", 1, "confirmed", "").await, "restored");
     assert_eq!(on.order("E", "12", "2", "completed").await, ["noted"]);
     assert_eq!(restore("lock-8", "12", "1", 1, "confirmed", "E").await, "restored_reported");
+}
 
+/// What the scripts about users, replicas and the fleet answer.
+async fn fleet_replies(on: &Bench) {
     assert_eq!(on.alone("touch", &["due", "events"], &["1", "1000"]).await, ["touched"]);
     assert_eq!(on.alone("due", &["due"], &["64", "1000"]).await[..2], ["due", "1000"]);
     on.pass(1000).await;
@@ -237,12 +252,6 @@ async fn every_documented_reply_is_reached() {
     assert_eq!(on.alone("drop", &["dead"], &["r", &dead[2]]).await, ["dropped"]);
     assert_eq!(beat("q", "0", "e3").await, ["alive", "1", "e1"], "gone without a word left");
     assert_eq!(on.alone("due", &["dead"], &["4", "5000"]).await[3..], ["q"], "and looked after");
-
-    let seen = on.seen.borrow();
-    for script in Script::ALL {
-        let said = seen.iter().filter(|(name, _)| name == script.name).map(|(_, word)| word.clone()).collect();
-        assert_eq!(documented(script), said, "{}: documented and reached", script.name);
-    }
 }
 
 /// When everybody forgets an event, a user or the fleet, every key of theirs ends by itself.
