@@ -16,7 +16,9 @@ use super::keep::Memento;
 use super::session::{Answer, Ending, Incoming, Sent, Session};
 use super::wire::{self, About, Code, Json, Name, Refusal};
 use super::{Shared, now};
-use crate::domain::{Availability, EventId, Kept, Personal, RestoreOutcome, RestoreRequest, UserId};
+use crate::domain::{
+    Availability, EventId, Kept, LockStatus, Personal, ReleaseReason, RestoreOutcome, RestoreRequest, UserId,
+};
 use crate::fanout::Fanout;
 use crate::inventory::StockError;
 use crate::ledger::{LedgerError, Presence};
@@ -403,6 +405,10 @@ impl Shared {
     async fn hand_back(&self, user: UserId, presence: &Presence) -> Result<(), StockError> {
         for memento in self.keep.of(user) {
             if presence.locks.iter().any(|lock| lock.id == memento.id) {
+                // An older copy of the data may not know of the sale yet.
+                if let Kept::Confirmed { order } = &memento.kept {
+                    self.ledger.confirm(memento.id, Some(user), order.as_ref()).await?;
+                }
                 continue;
             }
             let Memento { id, category, quantity, created_at, deadline, kept, request, session } = memento;
@@ -425,16 +431,28 @@ impl Shared {
                 Err(error) => return Err(error),
             };
             metrics::LEDGER_RESTORED.count(&[outcome.as_str()]);
-            match outcome {
-                RestoreOutcome::Restored => {}
-                // How it ended was told when it did.
-                RestoreOutcome::Known => self.keep.ended(user, id),
+            // The user's messages went by pub/sub, and that was gone too: the sockets here are told from here.
+            let end = match outcome {
+                RestoreOutcome::Restored => continue,
+                RestoreOutcome::Known => self.ledger.find(id).await?.map(|lock| lock.status),
                 RestoreOutcome::Expired | RestoreOutcome::NoRoom | RestoreOutcome::StockUnknown => {
-                    if !matches!(kept, Kept::Confirmed { .. }) {
-                        self.ledger.tell(user, &Personal::Expired { lock: id, category, quantity }).await?;
-                    }
-                    self.keep.ended(user, id);
+                    Some(LockStatus::Expired)
                 }
+            };
+            let reason = ReleaseReason::Released;
+            let message = match (kept, end) {
+                (Kept::Confirmed { .. }, _) | (_, Some(LockStatus::Confirmed) | None) => None,
+                // It began after the session entered: nothing is lost.
+                (_, Some(LockStatus::Active)) => continue,
+                (_, Some(LockStatus::Expired)) => Some(Personal::Expired { lock: id, category, quantity }),
+                (_, Some(LockStatus::Released)) => {
+                    Some(Personal::Released { lock: id, category, quantity, reason, by: None })
+                }
+            };
+            if self.keep.ended(user, id)
+                && let Some(message) = message
+            {
+                self.tell_user(user, &message);
             }
         }
         Ok(())

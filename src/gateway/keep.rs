@@ -99,11 +99,13 @@ impl Keep {
         }
     }
 
-    /// A lock is gone.
-    pub fn ended(&self, user: UserId, id: LockId) {
-        if let Some(locks) = lock(&self.users).get_mut(&user) {
-            locks.retain(|known| known.id != id);
-        }
+    /// A lock is gone; true when it was remembered until now.
+    pub fn ended(&self, user: UserId, id: LockId) -> bool {
+        let mut users = lock(&self.users);
+        let Some(locks) = users.get_mut(&user) else { return false };
+        let before = locks.len();
+        locks.retain(|known| known.id != id);
+        locks.len() < before
     }
 
     /// The user's last socket here is gone.
@@ -175,6 +177,8 @@ mod tests {
         let reason = ReleaseReason::Released;
         keep.heard(user(), &Personal::Released { lock: second, category, quantity, reason, by: None });
         assert_eq!(keep.of(user()), [memento(third)]);
+        assert!(keep.ended(user(), third) && !keep.ended(user(), third), "once");
+        keep.granted(user(), memento(third));
         keep.forget(user());
         assert_eq!(keep.of(user()), []);
         keep.heard(user(), &Personal::Expired { lock: third, category, quantity });

@@ -276,7 +276,8 @@ impl Shared {
         }
     }
 
-    fn tell_user(&self, user: UserId, message: &Personal) {
+    /// Tells the sockets of a user that are here.
+    pub(super) fn tell_user(&self, user: UserId, message: &Personal) {
         let author = match message {
             Personal::Released { by, .. } => *by,
             Personal::Expired { .. }

@@ -12,9 +12,9 @@ use std::time::{Duration, Instant};
 use fred::clients::Client;
 use fred::error::{Error, ErrorKind};
 use fred::interfaces::{ClientLike, EventInterface, LuaInterface, PubsubInterface};
-use fred::types::config::{Config, ReconnectPolicy, TcpConfig, UnresponsiveConfig};
+use fred::types::config::{Config, ReconnectPolicy, Server, TcpConfig, UnresponsiveConfig};
 use fred::types::{Builder, ClusterHash, CustomCommand, RespVersion, Value};
-use tokio::sync::broadcast::error::RecvError;
+use tokio::sync::broadcast::{self, error::RecvError};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
@@ -106,9 +106,11 @@ impl Driver {
             connections: AtomicU64::new(0),
             stop: CancellationToken::new(),
         });
+        // Listened to before it connects, so that no connection goes uncounted.
+        let (lost, back) = (driver.commands.error_rx(), driver.commands.reconnect_rx());
+        tokio::spawn(watch_connection(Arc::downgrade(&driver), lost, back));
         // The join handles end with the clients, in `close`.
         drop(driver.commands.connect());
-        tokio::spawn(watch_connection(Arc::downgrade(&driver), driver.commands.clone()));
         Ok(driver)
     }
 
@@ -269,8 +271,11 @@ fn reconnect(client: &Client) {
 }
 
 /// Says when the connection for commands comes and goes, once each.
-async fn watch_connection(driver: std::sync::Weak<Driver>, client: Client) {
-    let (mut lost, mut back) = (client.error_rx(), client.reconnect_rx());
+async fn watch_connection(
+    driver: std::sync::Weak<Driver>,
+    mut lost: broadcast::Receiver<(Error, Option<Server>)>,
+    mut back: broadcast::Receiver<Server>,
+) {
     let mut up = None;
     loop {
         let now_up = tokio::select! {

@@ -33,8 +33,8 @@ const REAP_USERS_MAX: usize = 5000;
 const REAP_CLAIM: Duration = Duration::from_secs(5);
 
 /// After Redis came back without its data: no new lock is granted for so long, so that those who had locks come first.
-/// Replicas notice within a beat, a second, and restore at thousands of locks a second.
-const RESTORE_WINDOW: Duration = Duration::from_secs(2);
+/// Replicas are connected and notice within about two seconds, and restore at thousands of locks a second.
+const RESTORE_WINDOW: Duration = Duration::from_secs(5);
 
 /// How many of a user's events are read for one answer, and how many events for the statistics. Beyond it the latest
 /// (for a user) and the least recently touched (for the statistics) are left out.

@@ -86,9 +86,36 @@ scenario('redis comes back empty: buyers keep their locks, and who cannot is tol
   await stage.agree(EVENT, GOLD, { availableTickets: 5, lockedTickets: 5 });
 }, { timeout: 75_000 });
 
+scenario('redis goes on from an older copy: later locks and sales are not lost, versions go on rising', async (stage) => {
+  await stage.events({ events: [{ id: EVENT, categories: [{ id: GOLD, total: 10 }] }] });
+  const { a, b } = await stage.fleet();
+  const orders = await stage.orders(11);
+  const [sold, late, watcher] = await Promise.all([
+    stage.client(a, 1, { name: 'buyer' }), stage.client(b, 2, { name: 'late buyer' }), stage.client(b, 5, { name: 'watcher' }),
+  ]);
+  await watcher.join(EVENT);
+  const bought = await sold.lock(EVENT, GOLD, 3);
+  await stage.store.save();
+  assert.equal(await orders.send('confirm-lock', { lockId: bought.lockId, userId: 1, orderId: 11 }), true);
+  const held = await late.lock(EVENT, GOLD, 4);
+  await watcher.update(GOLD, (u) => u.lockedTickets === 7);
+  await stage.store.kill();
+  await until(15_000, 'readiness goes down', async () => (await b.http('/readyz')).status === 503, 100);
+  const from = watcher.mark();
+  await stage.store.restart();
+  await stage.agree(EVENT, GOLD, { availableTickets: 3, lockedTickets: 7 });
+  assert.deepEqual((await mine(late)).map(({ lockId }) => lockId), [held.lockId]);
+  await until(5000, 'the sale is a sale again', async () => {
+    const record = await orders.send('get-lock', { lockId: bought.lockId });
+    return record.status === 'confirmed';
+  }, 100);
+  await watcher.update(GOLD, (u) => u.lockedTickets === 7, { from, what: 'news of the restored counts' });
+  check.ordered(watcher, GOLD);
+}, { timeout: 60_000 });
+
 scenario('a replica dies, another hangs: buyers find their locks, tickets of those who stay away come back', async (stage) => {
   await stage.events({ events: [{ id: EVENT, categories: [{ id: GOLD, total: 10 }] }] });
-  const grace = 8000;
+  const grace = 10_000;
   const { a, b } = await stage.fleet({ SEATLOCK_DISCONNECT_GRACE: `${grace}ms` });
   const orders = await stage.orders(10);
   const watcher = await stage.client(b, 5, { name: 'watcher', transport: 'websocket' });
