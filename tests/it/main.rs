@@ -16,3 +16,4 @@ mod outage;
 mod rpc;
 mod support;
 mod tidy;
+mod topology;
