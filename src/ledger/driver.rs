@@ -197,8 +197,7 @@ impl Driver {
         replicas: u32,
         within: Duration,
     ) -> Result<u32, LedgerError> {
-        let args = vec![replicas.to_string(), within.as_millis().to_string()];
-        let answer = custom(witness.link.commands.clone(), "WAIT", args).await;
+        let answer = witness.link.wait(replicas, within).await;
         let reply = witness.link.judge(self, "wait", answer)?;
         let same = witness.reconnects.try_recv() == Err(TryRecvError::Empty)
             && self.route.borrow().link(&witness.key).is_some_and(|link| Arc::ptr_eq(link, &witness.link));

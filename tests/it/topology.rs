@@ -2,6 +2,7 @@
 
 mod body;
 mod cluster;
+mod load;
 mod sentinel;
 
 use std::path::{Path, PathBuf};

@@ -1,7 +1,7 @@
 //! One server that has keys: the only one, Sentinel's choice, or a master of a cluster.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use fred::clients::Client;
@@ -10,8 +10,8 @@ use fred::interfaces::{ClientLike, EventInterface, PubsubInterface};
 use fred::types::Builder;
 use fred::types::config::{Config, ReconnectPolicy, Server, ServerConfig, TcpConfig, UnresponsiveConfig};
 use futures_util::future::try_join_all;
-use tokio::sync::Notify;
 use tokio::sync::broadcast::error::RecvError;
+use tokio::sync::{Notify, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use super::{Delivery, Driver, LedgerError, Reply, custom};
@@ -44,7 +44,16 @@ pub(super) struct Link {
     /// Milliseconds since `started` of the last answer, and how many commands went unanswered since.
     answered_ms: AtomicU64,
     unanswered: AtomicU32,
+    waits: Mutex<Waits>,
     stop: CancellationToken,
+}
+
+/// Who waits for Redis replicas. A `WAIT` holds up everything behind it on its connection, so there is one at a time,
+/// for all whose writes are before it: while Redis replicas are missing, each on its own would stop the connection.
+#[derive(Default)]
+struct Waits {
+    is_running: bool,
+    next: Vec<oneshot::Sender<Result<Reply, Error>>>,
 }
 
 /// The builder of clients for one server: `None` is the one that the URL names.
@@ -76,7 +85,7 @@ impl Link {
     /// Connects in the background.
     pub(super) fn start(driver: &Arc<Driver>, server: Option<Server>) -> Result<Arc<Self>, Error> {
         let mut builder = builder(&driver.config, server.as_ref(), driver.timeout);
-        builder.set_policy(ReconnectPolicy::new_exponential(0, 50, 1000, 2));
+        builder.set_policy(ReconnectPolicy::new_exponential(0, 50, 500, 2));
         let link = Arc::new(Self {
             server,
             commands: builder.build()?,
@@ -87,6 +96,7 @@ impl Link {
             started: Instant::now(),
             answered_ms: AtomicU64::new(0),
             unanswered: AtomicU32::new(0),
+            waits: Mutex::default(),
             stop: driver.stop.child_token(),
         });
         // The join handles end with the clients, in `close`.
@@ -128,6 +138,40 @@ impl Link {
             self.subscriber.sunsubscribe(channel).await
         } else {
             self.subscriber.unsubscribe(channel).await
+        }
+    }
+
+    /// Waits until so many Redis replicas have everything that was written on this connection before, at most `within`.
+    pub(super) async fn wait(self: &Arc<Self>, replicas: u32, within: Duration) -> Result<Reply, Error> {
+        let (sender, receiver) = oneshot::channel();
+        {
+            let mut waits = self.waits.lock().unwrap_or_else(PoisonError::into_inner);
+            waits.next.push(sender);
+            if !waits.is_running {
+                waits.is_running = true;
+                // In a task of its own: whoever asked first may lose interest.
+                tokio::spawn(Arc::clone(self).wait_for_all(replicas, within));
+            }
+        }
+        receiver.await.unwrap_or_else(|_| Err(Error::new(ErrorKind::Canceled, "nobody waits any more")))
+    }
+
+    async fn wait_for_all(self: Arc<Self>, replicas: u32, within: Duration) {
+        loop {
+            let waiting = {
+                let mut waits = self.waits.lock().unwrap_or_else(PoisonError::into_inner);
+                waits.is_running = !waits.next.is_empty();
+                std::mem::take(&mut waits.next)
+            };
+            if waiting.is_empty() {
+                return;
+            }
+            let args = vec![replicas.to_string(), within.as_millis().to_string()];
+            let answer = custom(self.commands.clone(), "WAIT", args).await;
+            for one in waiting {
+                // Fails when whoever asked has lost interest.
+                one.send(answer.clone()).ok();
+            }
         }
     }
 
@@ -197,7 +241,7 @@ impl Link {
     }
 }
 
-/// Answers of a server that is not, or not yet, or no longer the one to ask. The last is the client's: a command was on
+/// Answers of a server that is not, or not yet, or no longer the one to ask. The last two are the client's: a command was on
 /// its way when the connection was given up.
 const NOT_NOW: &[&str] = &[
     "LOADING",
@@ -208,6 +252,7 @@ const NOT_NOW: &[&str] = &[
     "TRYAGAIN",
     "UNBLOCKED",
     "Too many failed write attempts",
+    "Failed to route command",
 ];
 
 /// A script says so in the middle of its error on Redis 6.

@@ -87,8 +87,25 @@ impl Cluster {
         format!("redis-cluster://127.0.0.1:{}?node=127.0.0.1:{}", self.nodes[0].port, self.nodes[4].port)
     }
 
-    /// Which node is the master of a key's slot, as a living node sees it.
-    pub async fn master(&self, key: &str, asked: usize) -> usize {
+    /// Moves a slot with its keys from one master to another.
+    pub async fn move_slot(&self, slot: u16, from: usize, to: usize) {
+        let slot = slot.to_string();
+        let (source, target) = (&self.nodes[from], &self.nodes[to]);
+        let (source_id, target_id) = (source.ask(&["CLUSTER", "MYID"]).await, target.ask(&["CLUSTER", "MYID"]).await);
+        assert_eq!(target.ask(&["CLUSTER", "SETSLOT", &slot, "IMPORTING", &source_id]).await, "OK");
+        assert_eq!(source.ask(&["CLUSTER", "SETSLOT", &slot, "MIGRATING", &target_id]).await, "OK");
+        let keys = source.ask(&["CLUSTER", "GETKEYSINSLOT", &slot, "1000"]).await;
+        let port = target.port.to_string();
+        for key in keys.lines() {
+            assert_eq!(source.ask(&["MIGRATE", "127.0.0.1", &port, key, "0", "5000"]).await, "OK");
+        }
+        for node in [target, source] {
+            assert_eq!(node.ask(&["CLUSTER", "SETSLOT", &slot, "NODE", &target_id]).await, "OK");
+        }
+    }
+
+    /// Which node is the master of a key's slot, as a living node sees it; `None` while there is none.
+    pub async fn master(&self, key: &str, asked: usize) -> Option<usize> {
         let said = self.nodes[asked].ask(&["CLUSTER", "NODES"]).await;
         let wanted = slot(key);
         let owns = |range: &str| {
@@ -98,8 +115,8 @@ impl Cluster {
         let line = said
             .lines()
             .find(|line| line.contains("master") && !line.contains("fail") && line.split(' ').skip(8).any(owns));
-        let address = line.and_then(|line| line.split(' ').nth(1)).unwrap_or_else(|| panic!("nobody has it: {said}"));
-        let port = address.split(['@', ':']).nth(1).and_then(|port| port.parse().ok());
-        self.nodes.iter().position(|node| Some(node.port) == port).expect("one of ours")
+        let address = line?.split(' ').nth(1)?;
+        let port: u16 = address.split(['@', ':']).nth(1)?.parse().ok()?;
+        self.nodes.iter().position(|node| node.port == port)
     }
 }

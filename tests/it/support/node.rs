@@ -1,6 +1,5 @@
 //! A Redis process on a TCP port, one of several that a test plugs together.
 
-use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -11,7 +10,8 @@ use super::free_port;
 /// A `redis-server` or sentinel in a folder of its own, killed when dropped.
 pub struct Node {
     pub port: u16,
-    folder: TempDir,
+    /// Gone with the node.
+    _folder: TempDir,
     args: Vec<String>,
     child: Option<Child>,
 }
@@ -29,7 +29,7 @@ impl Node {
         }
         args.extend([port_flag.to_owned(), port.to_string()]);
         args.extend(["--dir".to_owned(), folder.path().display().to_string()]);
-        let mut node = Self { port, folder, args, child: None };
+        let mut node = Self { port, _folder: folder, args, child: None };
         node.restart(&[]).await;
         node
     }
@@ -43,13 +43,9 @@ impl Node {
         let text = format!("bind 127.0.0.1\nport {port}\ndir {dir}\n{configuration}\n");
         std::fs::write(&file, text).expect("a temporary file");
         let args = vec![file.display().to_string(), "--sentinel".to_owned()];
-        let mut node = Self { port, folder, args, child: None };
+        let mut node = Self { port, _folder: folder, args, child: None };
         node.restart(&[]).await;
         node
-    }
-
-    pub fn folder(&self) -> &Path {
-        self.folder.path()
     }
 
     /// Starts it (again), and waits until it accepts connections.

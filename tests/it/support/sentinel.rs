@@ -21,7 +21,7 @@ impl Sentinels {
             servers.push(Node::server(&["--replicaof", &follow]).await);
         }
         let configuration = format!(
-            "sentinel monitor {NAME} {follow} 2\nsentinel down-after-milliseconds {NAME} 700\n\
+            "sentinel monitor {NAME} {follow} 2\nsentinel down-after-milliseconds {NAME} 1500\n\
              sentinel failover-timeout {NAME} 3000\nsentinel parallel-syncs {NAME} 2"
         );
         let mut sentinels = Vec::new();
@@ -70,9 +70,15 @@ impl Sentinels {
         .await;
     }
 
+    /// Makes the master step down.
+    pub async fn fail_over(&self) {
+        assert_eq!(self.sentinels[0].ask(&["SENTINEL", "failover", NAME]).await, "OK");
+    }
+
     /// Starts a killed server as a Redis replica of the master that there is now.
     pub async fn revive(&mut self, index: usize) {
-        let master = self.master().await.expect("one master");
+        until("the sentinels agree", Duration::from_secs(10), async || self.master().await.is_some()).await;
+        let master = self.master().await.expect("a moment ago they agreed");
         let follow = format!("127.0.0.1 {}", self.servers[master].port);
         self.servers[index].restart(&["--replicaof", &follow]).await;
     }
