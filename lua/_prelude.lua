@@ -52,7 +52,7 @@ local function load(category)
 end
 
 -- Stores a category's changed counts under its next version and announces both: one step.
--- `changes` is "" or " kind:quantity:user ...".
+-- `changes` is "" or " kind:quantity:user ...". On a cluster the line with ARGV[1] is made to say SPUBLISH.
 local function save(row, changes)
   row.version = row.version == 0 and now_us or row.version + 1
   local text = table.concat({

@@ -127,12 +127,11 @@ impl Driver {
             deliveries,
             stop: CancellationToken::new(),
         });
-        match seeds {
-            Some(seeds) => drop(tokio::spawn(cluster::follow(Arc::clone(&driver), seeds))),
-            None => {
-                let link = Link::start(&driver, None).map_err(|_| RedisSettingError::Url)?;
-                driver.route.send_replace(Arc::new(Route::one(link)));
-            }
+        if let Some(seeds) = seeds {
+            tokio::spawn(cluster::follow(Arc::clone(&driver), seeds));
+        } else {
+            let link = Link::start(&driver, None).map_err(|_| RedisSettingError::Url)?;
+            driver.route.send_replace(Arc::new(Route::one(link)));
         }
         Ok((driver, receiver))
     }

@@ -215,29 +215,7 @@ impl Link {
     }
 
     pub(super) fn error(&self, script: &'static str, error: &Error) -> LedgerError {
-        let details = error.details();
-        if is_demoted(error) || NOT_NOW.iter().any(|word| details.starts_with(word)) {
-            return LedgerError::Disconnected(details.to_owned());
-        }
-        match error.kind() {
-            ErrorKind::Timeout => LedgerError::Timeout(self.timeout),
-            ErrorKind::IO
-            | ErrorKind::Canceled
-            | ErrorKind::Backpressure
-            | ErrorKind::Cluster
-            | ErrorKind::Sentinel
-            | ErrorKind::Routing
-            | ErrorKind::Tls => LedgerError::Disconnected(details.to_owned()),
-            ErrorKind::Config
-            | ErrorKind::Auth
-            | ErrorKind::InvalidCommand
-            | ErrorKind::InvalidArgument
-            | ErrorKind::Url
-            | ErrorKind::Protocol
-            | ErrorKind::Unknown
-            | ErrorKind::Parse
-            | ErrorKind::NotFound => LedgerError::Refused { script, message: details.to_owned() },
-        }
+        classify(script, self.timeout, error)
     }
 }
 
@@ -258,6 +236,32 @@ const NOT_NOW: &[&str] = &[
 /// A script says so in the middle of its error on Redis 6.
 fn is_demoted(error: &Error) -> bool {
     error.details().contains("READONLY You can't write")
+}
+
+fn classify(script: &'static str, timeout: Duration, error: &Error) -> LedgerError {
+    let details = error.details();
+    if is_demoted(error) || NOT_NOW.iter().any(|word| details.starts_with(word)) {
+        return LedgerError::Disconnected(details.to_owned());
+    }
+    match error.kind() {
+        ErrorKind::Timeout => LedgerError::Timeout(timeout),
+        ErrorKind::IO
+        | ErrorKind::Canceled
+        | ErrorKind::Backpressure
+        | ErrorKind::Cluster
+        | ErrorKind::Sentinel
+        | ErrorKind::Routing
+        | ErrorKind::Tls => LedgerError::Disconnected(details.to_owned()),
+        ErrorKind::Config
+        | ErrorKind::Auth
+        | ErrorKind::InvalidCommand
+        | ErrorKind::InvalidArgument
+        | ErrorKind::Url
+        | ErrorKind::Protocol
+        | ErrorKind::Unknown
+        | ErrorKind::Parse
+        | ErrorKind::NotFound => LedgerError::Refused { script, message: details.to_owned() },
+    }
 }
 
 /// Gives a connection up for a new one. In a task of its own, because the client waits until the new one stands.
@@ -392,5 +396,34 @@ impl Link {
             }
         }
         true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Texts that Redis 6.2 and 7.0 say, and the client's own.
+    #[test]
+    fn a_server_that_is_not_the_one_to_ask_now_is_no_refusal() {
+        let readonly_6 = "ERR Error running script (call to f_0a): @user_script:1: @user_script: 1: -READONLY You can't \
+                          write against a read only replica.";
+        for text in [
+            "READONLY You can't write against a read only replica. script: 0a, on @user_script:1.",
+            readonly_6,
+            "LOADING Redis is loading the dataset in memory",
+            "CLUSTERDOWN Hash slot not served",
+            "TRYAGAIN Multiple keys request during rehashing of slot",
+            "UNBLOCKED force unblock from blocking operation, instance state changed (master -> replica?)",
+            "Failed to route command.",
+        ] {
+            let error = classify("lock", Duration::ZERO, &Error::new(ErrorKind::Unknown, text));
+            assert!(matches!(error, LedgerError::Disconnected(_)), "{error:?}");
+        }
+        for text in ["OOM command not allowed when used memory > 'maxmemory'.", "NOPERM no permissions", "ERR LOADING"]
+        {
+            let error = classify("lock", Duration::ZERO, &Error::new(ErrorKind::Unknown, text));
+            assert!(matches!(error, LedgerError::Refused { .. }), "{error:?}");
+        }
     }
 }

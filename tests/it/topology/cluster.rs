@@ -185,6 +185,11 @@ async fn calls_and_subscriptions_follow_a_slot_that_moves() {
     let moved = events(0, 1)[0];
     ledger.subscribe(Topic::Event(moved)).await.expect("subscribed");
     stock(ledger.as_ref(), moved, &[(1, 99, 99)]).await;
+    let channel = format!("seatlock:{{e:{moved}}}:changes");
+    let is_carried_by = async |node: usize| {
+        cluster.nodes[node].ask(&["PUBSUB", "SHARDCHANNELS"]).await.lines().any(|line| line == channel)
+    };
+    assert!(is_carried_by(0).await && !is_carried_by(1).await, "changes are sharded");
     cluster.move_slot(slot(&format!("{{e:{moved}}}")), 0, 1).await;
 
     let first = ledger.lock(&request(moved, 1, 1, 1)).await.expect("follows at once");
@@ -203,4 +208,5 @@ async fn calls_and_subscriptions_follow_a_slot_that_moves() {
             break;
         }
     }
+    assert!(is_carried_by(1).await && !is_carried_by(0).await);
 }

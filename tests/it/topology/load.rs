@@ -95,6 +95,7 @@ impl Load {
 /// Locks one to three tickets; every eleventh user gives them back.
 async fn buy(ledger: &dyn Ledger, record: &Mutex<Record>, event: EventId, id: u64) {
     let quantity = id % 3 + 1;
+    let gives_back = id.is_multiple_of(11);
     let asked = Instant::now();
     let answer = ledger.lock(&request(event, 1, id, quantity)).await;
     let promise = match &answer {
@@ -115,11 +116,11 @@ async fn buy(ledger: &dyn Ledger, record: &Mutex<Record>, event: EventId, id: u6
                 }
             }
         }
-        record.promises.extend(promise.filter(|_| id % 11 != 0));
+        record.promises.extend(promise.filter(|_| !gives_back));
     }
     match promise {
         // What becomes of it does not matter: nobody holds the ledger to it any more.
-        Some(promise) if id % 11 == 0 => {
+        Some(promise) if gives_back => {
             ledger.release(promise.lock, Releaser::Orders { user: Some(user(id)) }).await.ok();
         }
         Some(_) => {}

@@ -161,6 +161,7 @@ async fn round(number: u64, sentinels: &mut Sentinels, ledger: &Arc<dyn Ledger>,
 }
 
 /// Kills the master so many times and prints what each time showed.
+#[expect(clippy::print_stdout, reason = "what was measured")]
 async fn rounds(count: u64, wait: u32, end: End) -> Vec<Round> {
     let mut sentinels = Sentinels::start().await;
     let ledger = live_at(sentinels.url(), None, LIMIT, wait);
