@@ -1,4 +1,4 @@
-//! The one place that knows the Redis client. A swap of it is a change of this file and its two parts.
+//! The one place that knows the Redis client. A swap of it is a change of this file and its parts.
 //!
 //! What the client does not do by itself is done here: a limit for every wait, no replay of commands whose fate is
 //! unknown, noticing a connection that is up but answers nothing, resubscribing, and noticing a subscription that is
@@ -9,6 +9,7 @@
 
 mod cluster;
 mod link;
+mod sentinel;
 
 use std::collections::HashSet;
 use std::path::PathBuf;
@@ -28,6 +29,7 @@ use tokio_util::sync::CancellationToken;
 
 use self::cluster::Route;
 use self::link::Link;
+use self::sentinel::Sentinels;
 use super::redis::{RedisClock, RedisSettingError};
 use super::script::Script;
 use super::{LedgerError, key};
@@ -131,7 +133,10 @@ impl Driver {
             tokio::spawn(cluster::follow(Arc::clone(&driver), seeds));
         } else {
             let link = Link::start(&driver, None).map_err(|_| RedisSettingError::Url)?;
-            driver.route.send_replace(Arc::new(Route::one(link)));
+            driver.route.send_replace(Arc::new(Route::one(Arc::clone(&link))));
+            if let Some(sentinels) = Sentinels::of(&driver.config) {
+                tokio::spawn(sentinel::follow(Arc::clone(&driver), link, sentinels));
+            }
         }
         Ok((driver, receiver))
     }

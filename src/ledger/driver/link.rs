@@ -119,6 +119,12 @@ impl Link {
         }
     }
 
+    /// Gives both connections up for new ones.
+    pub(super) fn reconnect(&self) {
+        reconnect(&self.commands);
+        reconnect(&self.subscriber);
+    }
+
     /// Starts to receive channels; returns when Redis has said so.
     pub(super) async fn subscribe(&self, driver: &Driver, channels: &[String]) -> Result<(), Error> {
         let (sharded, plain): (Vec<String>, Vec<String>) =

@@ -15,7 +15,7 @@ use crate::support::node::{Node, ask, until};
 use crate::support::sentinel::Sentinels;
 
 const LIMIT: Duration = Duration::from_secs(1);
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(40);
 
 /// One event that never sells out, and one that is sold out before the master dies.
 const ROOMY: u64 = 1_000_000;
