@@ -53,7 +53,7 @@ end
 
 -- Stores a category's changed counts under its next version and announces both: one step. A version is the time in
 -- microseconds, or the one after the last: it rises even when Redis goes on from an older copy of its data.
--- `changes` is "" or " kind:quantity:user ...".
+-- `changes` is "" or " kind:quantity:user ...". On a cluster the line with ARGV[1] is made to say SPUBLISH.
 local function save(row, changes)
   row.version = math.max(row.version + 1, now_us)
   local text = table.concat({

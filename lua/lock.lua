@@ -46,6 +46,8 @@ if ARGV[13] == '1' then
     if seen_category ~= category or tonumber(seen_quantity) ~= quantity then return {'request_mismatch'} end
     local held = held_lock(user, category)
     if not row or not held or held.lock ~= lock or not held.active then return {'request_ended', lock} end
+    -- A write, so that waiting for Redis replicas after a repeat waits for the grant too.
+    keep(KEYS[1])
     return {'granted_before', lock, held.deadline, available(row), tonumber(version), now}
   end
 end

@@ -16,7 +16,9 @@ use crate::{
     },
     http::{demo::Demo, stats::Stats},
     inventory::{self, Catalogue, SourceOptions, SourceUrl, Stock, StockOptions},
-    ledger::{Ledger, LedgerError, LedgerOptions, MemoryLedger, RedisClock, RedisLedger, RedisOptions},
+    ledger::{
+        Ledger, LedgerError, LedgerOptions, MemoryLedger, RedisClock, RedisLedger, RedisOptions, RedisSettingError,
+    },
     rpc::{self, Rpc, RpcOptions},
 };
 
@@ -47,16 +49,19 @@ pub(super) fn ledger(config: &Config, replica: ReplicaId) -> Result<Arc<dyn Ledg
     };
     let redis = RedisOptions {
         url: url.reveal().to_owned(),
+        ca_file: config.redis_ca_file.clone(),
         replica,
         // A request that finds no answer of Redis in this time has a moment left to say so.
         timeout: config.request_timeout * 3 / 4,
         wait: config.redis_wait,
         clock: RedisClock::Server,
     };
-    // The client's own words may repeat the URL.
-    let ledger = RedisLedger::connect(&redis, options).map_err(|_| StartError::Setting {
-        setting: "SEATLOCK_REDIS_URL",
-        why: "the Redis client cannot read this URL".to_owned(),
+    let ledger = RedisLedger::connect(&redis, options).map_err(|error| {
+        let setting = match &error {
+            RedisSettingError::Url => "SEATLOCK_REDIS_URL",
+            RedisSettingError::CaFile { .. } => "SEATLOCK_REDIS_CA_FILE",
+        };
+        StartError::Setting { setting, why: error.to_string() }
     })?;
     tracing::info!(redis = %url, "lock state is in Redis");
     Ok(Arc::new(ledger))

@@ -56,8 +56,15 @@ pub(super) const FLAGS: &[Flag] = &[
         "redis-url",
         "URL",
         None,
-        "Where lock state lives: redis://, rediss://, redis-sentinel://, redis-cluster://HOST:PORT or unix:PATH. \
-         Without it lock state lives in this process: one replica only, and a restart forgets it",
+        "Where lock state lives: redis://, redis-sentinel://, redis-cluster://HOST:PORT, each with rediss for TLS, or \
+         unix:PATH. Without it lock state lives in this process: one replica only, and a restart forgets it",
+    ),
+    flag(
+        NEIGHBOURS,
+        "redis-ca-file",
+        "PATH",
+        None,
+        "The certificates that TLS to Redis trusts, a PEM file; without it those of the system",
     ),
     flag(
         NEIGHBOURS,

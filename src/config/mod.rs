@@ -29,6 +29,7 @@ pub struct Config {
     pub admin_listen: Option<SocketAddr>,
     pub cors_origins: Vec<String>,
     pub redis_url: Option<SecretUrl>,
+    pub redis_ca_file: Option<PathBuf>,
     pub redis_wait: u32,
     pub amqp_url: Option<SecretUrl>,
     pub amqp_queue: String,
@@ -114,6 +115,10 @@ impl fmt::Display for Mistakes {
 }
 
 impl std::error::Error for Mistakes {}
+
+/// A second `s` is TLS.
+const REDIS_SCHEMES: &[&str] =
+    &["redis", "rediss", "redis-sentinel", "rediss-sentinel", "redis-cluster", "rediss-cluster", "unix"];
 
 const SECOND: Duration = Duration::from_secs(1);
 const HOUR: Duration = Duration::from_hours(1);
@@ -240,7 +245,8 @@ impl Read {
             listen: self.value("listen", value::address).unwrap_or_else(|| SocketAddr::from(([0, 0, 0, 0], 0))),
             admin_listen: self.value("admin-listen", value::address),
             cors_origins: self.value("cors-origins", value::origins).unwrap_or_default(),
-            redis_url: self.url("redis-url", &["redis", "rediss", "redis-sentinel", "redis-cluster", "unix"]),
+            redis_url: self.url("redis-url", REDIS_SCHEMES),
+            redis_ca_file: self.value("redis-ca-file", |text| Ok(PathBuf::from(text))),
             redis_wait: self.integer("redis-wait", 0..=16).unwrap_or_default(),
             amqp_url: self.url("amqp-url", &["amqp", "amqps"]),
             amqp_queue: self.value("amqp-queue", queue).unwrap_or_default(),
@@ -321,6 +327,14 @@ impl Read {
         if config.redis_wait > 0 && !self.is_given("redis-url") {
             self.mistakes
                 .push("SEATLOCK_REDIS_WAIT waits for Redis replicas, and no SEATLOCK_REDIS_URL is given".to_owned());
+        }
+        let is_tls = config.redis_url.as_ref().is_some_and(|url| url.scheme().starts_with("rediss"));
+        if config.redis_ca_file.is_some() && !is_tls {
+            self.mistakes.push(
+                "SEATLOCK_REDIS_CA_FILE is for TLS: SEATLOCK_REDIS_URL must begin with rediss (rediss://, \
+                 rediss-sentinel://, rediss-cluster://)"
+                    .to_owned(),
+            );
         }
         // Draining is one sum: what is in flight takes up to the request timeout, and the rest is kept for connections
         // that do not close by themselves and for the farewell to the ledger.

@@ -1,39 +1,47 @@
-//! The one place that knows the Redis client. A swap of it is a change of this file.
+//! The one place that knows the Redis client. A swap of it is a change of this file and its parts.
 //!
 //! What the client does not do by itself is done here: a limit for every wait, no replay of commands whose fate is
 //! unknown, noticing a connection that is up but answers nothing, resubscribing, and noticing a subscription that is
 //! up but delivers nothing.
+//!
+//! A cluster is a [`Link`] for each master and a table of slots, not the client's own cluster mode: that one connects
+//! all nodes or none, so one dead master stops the calls to the living ones until its replica is promoted.
+
+mod cluster;
+mod link;
+mod sentinel;
 
 use std::collections::HashSet;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use fred::clients::Client;
-use fred::error::{Error, ErrorKind};
-use fred::interfaces::{ClientLike, EventInterface, LuaInterface, PubsubInterface};
-use fred::types::config::{Config, ReconnectPolicy, Server, TcpConfig, UnresponsiveConfig};
-use fred::types::{Builder, ClusterHash, CustomCommand, RespVersion, Value};
-use tokio::sync::broadcast::{self, error::RecvError};
-use tokio::sync::mpsc;
+use fred::error::Error;
+use fred::interfaces::{EventInterface, LuaInterface, PubsubInterface};
+use fred::rustls::pki_types::{CertificateDer, pem::PemObject};
+use fred::rustls::{ClientConfig, RootCertStore};
+use fred::types::config::{Config, Server, ServerConfig};
+use fred::types::{ClusterHash, CustomCommand, Key, RespVersion, Value};
+use tokio::sync::broadcast::{self, error::TryRecvError};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
-use super::LedgerError;
-use super::redis::RedisClock;
+use self::cluster::Route;
+use self::link::Link;
+use self::sentinel::Sentinels;
+use super::redis::{RedisClock, RedisSettingError};
 use super::script::Script;
+use super::{LedgerError, key};
 use crate::metrics;
 
 /// An answer of Redis.
 pub(super) type Reply = Value;
 
-/// Unanswered commands in a row, and for how long, after which a connection that looks up is given up. A busy but
-/// healthy Redis answers something within a second and a half.
-const DEAF_COMMANDS: u32 = 3;
-const DEAF_AFTER: Duration = Duration::from_millis(1500);
-
-/// How often a replica tells itself that its subscription is alive, and how long it believes so without hearing it.
-const PROBE_EVERY: Duration = Duration::from_millis(500);
-const PROBE_LOST_AFTER: Duration = Duration::from_millis(2500);
+/// How often a call follows a key to another master, and how long it waits for the cluster to say which.
+const MOVES_MAX: usize = 3;
+const MOVED_WAIT: Duration = Duration::from_millis(500);
 
 /// What a subscription delivers.
 pub(super) enum Delivery {
@@ -43,20 +51,45 @@ pub(super) enum Delivery {
     Gap,
 }
 
-/// Commands and scripts on one connection, subscriptions on another.
+/// What the driver is made with.
+pub(super) struct DriverOptions {
+    /// As [`super::RedisOptions::url`].
+    pub url: String,
+    /// As [`super::RedisOptions::ca_file`].
+    pub ca_file: Option<PathBuf>,
+    /// The limit of one round trip.
+    pub timeout: Duration,
+    /// Where scripts read the time.
+    pub clock: RedisClock,
+    /// This replica's own channel.
+    pub probe: String,
+}
+
+/// Commands, scripts and subscriptions, each on the server that it belongs to.
 pub(super) struct Driver {
-    commands: Client,
-    subscriber: Client,
-    channels: Arc<Mutex<HashSet<String>>>,
+    config: Config,
     timeout: Duration,
     clock: RedisClock,
-    started: Instant,
-    /// Milliseconds since `started` of the last answer, and how many commands went unanswered since.
-    answered_ms: AtomicU64,
-    unanswered: AtomicU32,
-    /// Connections for commands made so far.
+    probe: String,
+    /// Whether this is a cluster: changes go by sharded pub/sub there.
+    clustered: bool,
+    /// Which server has which key. Changes on a cluster only.
+    route: watch::Sender<Arc<Route>>,
+    /// Says that `route` may be out of date.
+    doubt: Notify,
+    /// Connections for commands made so far, to whichever server.
     connections: AtomicU64,
+    /// Every channel that somebody wants.
+    channels: Mutex<HashSet<String>>,
+    deliveries: mpsc::Sender<Delivery>,
     stop: CancellationToken,
+}
+
+/// The connection that calls about a key used at some moment.
+pub(super) struct Witness {
+    link: Arc<Link>,
+    key: String,
+    reconnects: broadcast::Receiver<Server>,
 }
 
 /// The lower-case hexadecimal SHA-1 of a text.
@@ -65,53 +98,51 @@ pub(super) fn sha1(text: &str) -> String {
 }
 
 impl Driver {
-    /// Connects in the background: calls made before the connection stands wait for it, at most `timeout`.
+    /// Connects in the background: calls made before the connection stands wait for it, at most `timeout`. What
+    /// subscriptions deliver comes out of the second half.
     ///
     /// # Errors
-    /// When the URL is not one.
-    pub(super) fn connect(url: &str, timeout: Duration, clock: RedisClock) -> Result<Arc<Self>, LedgerError> {
+    /// When the URL is not one, or the file of the CA cannot be used.
+    pub(super) fn connect(options: DriverOptions) -> Result<(Arc<Self>, mpsc::Receiver<Delivery>), RedisSettingError> {
         // `unix:/path` is what operators write; the client's own scheme is longer.
-        let url = url.strip_prefix("unix:").map_or_else(|| url.to_owned(), |path| format!("redis+unix://{path}"));
-        let refused = |error: &Error| LedgerError::Refused { script: "connect", message: error.details().to_owned() };
-        let mut config = Config::from_url(&url).map_err(|error| refused(&error))?;
+        let url = match options.url.strip_prefix("unix:") {
+            Some(path) => format!("redis+unix://{path}"),
+            None => options.url,
+        };
+        let mut config = Config::from_url(&url).map_err(|_| RedisSettingError::Url)?;
         config.version = RespVersion::RESP3;
-        let mut builder = Builder::from_config(config);
-        builder.with_performance_config(|performance| {
-            performance.default_command_timeout = timeout;
-            performance.broadcast_channel_capacity = 16_384;
-        });
-        builder.with_connection_config(|connection| {
-            connection.connection_timeout = Duration::from_secs(1);
-            connection.internal_command_timeout = Duration::from_secs(1);
-            // A replayed script may run twice; who asked decides whether to ask again.
-            connection.max_command_attempts = 1;
-            connection.max_command_buffer_len = 10_000;
-            connection.unresponsive =
-                UnresponsiveConfig { max_timeout: Some(DEAF_AFTER), interval: Duration::from_millis(250) };
-            connection.tcp =
-                TcpConfig { nodelay: Some(true), user_timeout: Some(Duration::from_secs(3)), ..TcpConfig::default() };
-        });
-        builder.set_policy(ReconnectPolicy::new_exponential(0, 50, 1000, 2));
-        let commands = builder.build().map_err(|error| refused(&error))?;
-        let subscriber = builder.build().map_err(|error| refused(&error))?;
+        if let Some(file) = options.ca_file {
+            let tls = trusting(&file).map_err(|why| RedisSettingError::CaFile { file, why })?;
+            config.tls = Some(tls.into());
+        }
+        let seeds = match &config.server {
+            ServerConfig::Clustered { hosts, .. } => Some(hosts.clone()),
+            ServerConfig::Centralized { .. } | ServerConfig::Sentinel { .. } | ServerConfig::Unix { .. } => None,
+        };
+        let (deliveries, receiver) = mpsc::channel(16_384);
         let driver = Arc::new(Self {
-            commands,
-            subscriber,
-            channels: Arc::default(),
-            timeout,
-            clock,
-            started: Instant::now(),
-            answered_ms: AtomicU64::new(0),
-            unanswered: AtomicU32::new(0),
+            config,
+            timeout: options.timeout,
+            clock: options.clock,
+            probe: options.probe,
+            clustered: seeds.is_some(),
+            route: watch::Sender::new(Arc::default()),
+            doubt: Notify::new(),
             connections: AtomicU64::new(0),
+            channels: Mutex::default(),
+            deliveries,
             stop: CancellationToken::new(),
         });
-        // Listened to before it connects, so that no connection goes uncounted.
-        let (lost, back) = (driver.commands.error_rx(), driver.commands.reconnect_rx());
-        tokio::spawn(watch_connection(Arc::downgrade(&driver), lost, back));
-        // The join handles end with the clients, in `close`.
-        drop(driver.commands.connect());
-        Ok(driver)
+        if let Some(seeds) = seeds {
+            tokio::spawn(cluster::follow(Arc::clone(&driver), seeds));
+        } else {
+            let link = Link::start(&driver, None).map_err(|_| RedisSettingError::Url)?;
+            driver.route.send_replace(Arc::new(Route::one(Arc::clone(&link))));
+            if let Some(sentinels) = Sentinels::of(&driver.config) {
+                tokio::spawn(sentinel::follow(Arc::clone(&driver), link, sentinels));
+            }
+        }
+        Ok((driver, receiver))
     }
 
     /// Runs a script by its SHA; sends its text when Redis does not have it.
@@ -124,38 +155,65 @@ impl Driver {
         debug_assert!(script.keys.admits(keys.len()), "{}: {} keys", script.name, keys.len());
         debug_assert!(script.args.admits(args.len()), "{}: {} arguments", script.name, args.len());
         let started = Instant::now();
-        let answer: Result<Reply, Error> = match self.clock {
-            RedisClock::Server => {
-                let answer = self.commands.evalsha(script.sha(), keys.clone(), args.clone()).await;
-                match answer {
-                    Err(error) if error.details().starts_with("NOSCRIPT") => {
-                        self.commands.eval(script.source, keys, args).await
+        let first = keys[0].clone();
+        // Both are cheap to copy then, for each way in which they may have to be sent.
+        let keys: Vec<Key> = keys.into_iter().map(Key::from).collect();
+        let args: Vec<Value> = args.into_iter().map(Value::from).collect();
+        let answer = self
+            .call(script.name, &first, |client| {
+                let (keys, args) = (keys.clone(), args.clone());
+                async move {
+                    let (text, sha) = match self.clock {
+                        RedisClock::Stepped => return client.eval(script.on_stepped_clock(), keys, args).await,
+                        RedisClock::Server if self.clustered => script.on_cluster(),
+                        RedisClock::Server => (script.source, script.sha()),
+                    };
+                    match client.evalsha(sha, keys.clone(), args.clone()).await {
+                        Err(error) if error.details().starts_with("NOSCRIPT") => client.eval(text, keys, args).await,
+                        answer => answer,
                     }
-                    answer => answer,
                 }
-            }
-            RedisClock::Stepped => self.commands.eval(script.on_stepped_clock(), keys, args).await,
-        };
+            })
+            .await;
         metrics::LEDGER_CALL.observe(&[script.name], started.elapsed());
-        self.judge(script.name, answer)
+        answer
     }
 
     /// All members of a sorted set, lowest score first, at most `limit`.
     pub(super) async fn members(&self, key: &str, limit: usize) -> Result<Vec<String>, LedgerError> {
-        let command = CustomCommand::new_static("ZRANGE", ClusterHash::FirstKey, false);
         let last = limit.saturating_sub(1).to_string();
-        let answer = self.commands.custom(command, vec![key.to_owned(), "0".to_owned(), last]).await;
-        let reply: Reply = self.judge("members", answer)?;
+        let args = vec![key.to_owned(), "0".to_owned(), last];
+        let reply = self.call("members", key, |client| custom(client, "ZRANGE", args.clone())).await?;
         reply.convert().map_err(|error| LedgerError::Protocol { script: "members", reply: error.details().to_owned() })
     }
 
-    /// Waits until so many Redis replicas have everything that this connection has written, at most `within`; how many
-    /// have. Commands behind it on the connection wait too.
-    pub(super) async fn replicated(&self, replicas: u32, within: Duration) -> Result<u32, LedgerError> {
-        let command = CustomCommand::new_static("WAIT", ClusterHash::FirstKey, false);
-        let args = vec![replicas.to_string(), within.as_millis().to_string()];
-        let answer = self.commands.custom(command, args).await;
-        let reply: Reply = self.judge("wait", answer)?;
+    /// Remembers the connection of a key, to be taken before something is written that [`Self::replicated`] waits for.
+    pub(super) async fn witness(&self, key: &str) -> Result<Witness, LedgerError> {
+        let link = self.link(key).await?;
+        let reconnects = link.commands.reconnect_rx();
+        Ok(Witness { link, key: key.to_owned(), reconnects })
+    }
+
+    /// Waits until so many Redis replicas have everything that was written about the witness's key, at most `within`;
+    /// how many have. Commands behind it on the connection wait too.
+    ///
+    /// Redis counts what *this connection* wrote: asked on another one, perhaps of a master that never had the write,
+    /// it would count at once. So a connection that is not the witness's any more is an error.
+    pub(super) async fn replicated(
+        &self,
+        mut witness: Witness,
+        replicas: u32,
+        within: Duration,
+    ) -> Result<u32, LedgerError> {
+        let answer = witness.link.wait(replicas, within).await;
+        let reply = witness.link.judge(self, "wait", answer)?;
+        let same = witness.reconnects.try_recv() == Err(TryRecvError::Empty)
+            && self.route.borrow().link(&witness.key).is_some_and(|link| Arc::ptr_eq(link, &witness.link));
+        if !same {
+            return Err(LedgerError::Disconnected(
+                "the connection changed before Redis replicas had the lock".to_owned(),
+            ));
+        }
         reply.convert().map_err(|error| LedgerError::Protocol { script: "wait", reply: error.details().to_owned() })
     }
 
@@ -164,222 +222,124 @@ impl Driver {
         self.connections.load(Ordering::Relaxed)
     }
 
-    /// Tells a channel.
+    /// Tells a channel that is not an event's.
     pub(super) async fn publish(&self, channel: &str, text: &str) -> Result<(), LedgerError> {
-        let answer: Result<Reply, Error> = self.commands.publish(channel, text).await;
-        self.judge("publish", answer).map(drop)
+        self.call("publish", channel, |client| {
+            let (channel, text) = (channel.to_owned(), text.to_owned());
+            async move { client.publish(channel, text).await }
+        })
+        .await
+        .map(drop)
     }
 
-    /// One round trip.
-    pub(super) async fn ping(&self) -> Result<(), LedgerError> {
-        let answer: Result<Reply, Error> = self.commands.ping(None).await;
-        self.judge("ping", answer).map(drop)
+    /// One round trip to the server that has a key.
+    pub(super) async fn ping(&self, key: &str) -> Result<(), LedgerError> {
+        self.call("ping", key, |client| custom(client, "PING", Vec::new())).await.map(drop)
     }
 
     /// Starts to receive a channel; returns when Redis has said so.
     pub(super) async fn subscribe(&self, channel: String) -> Result<(), LedgerError> {
-        self.channels.lock().unwrap_or_else(PoisonError::into_inner).insert(channel.clone());
-        self.subscriber.subscribe(channel).await.map_err(|error| self.error("subscribe", &error))
+        self.channels().insert(channel.clone());
+        for _ in 0..MOVES_MAX {
+            let mut route = self.route.subscribe();
+            let link = self.link(&channel).await?;
+            match link.subscribe(self, std::slice::from_ref(&channel)).await {
+                Err(error) if has_moved(&error) => self.rerouted(&mut route).await,
+                answer => return answer.map_err(|error| link.error("subscribe", &error)),
+            }
+        }
+        Err(moving())
     }
 
     /// Stops receiving a channel.
     pub(super) async fn unsubscribe(&self, channel: String) -> Result<(), LedgerError> {
-        self.channels.lock().unwrap_or_else(PoisonError::into_inner).remove(&channel);
-        self.subscriber.unsubscribe(channel).await.map_err(|error| self.error("unsubscribe", &error))
+        self.channels().remove(&channel);
+        let link = self.link(&channel).await?;
+        link.unsubscribe(self, channel).await.map_err(|error| link.error("unsubscribe", &error))
     }
 
-    /// Connects the subscriber and hands on what it receives. `probe` is this replica's own channel.
-    pub(super) fn deliveries(self: &Arc<Self>, probe: String) -> mpsc::Receiver<Delivery> {
-        let (sender, receiver) = mpsc::channel(16_384);
-        self.channels.lock().unwrap_or_else(PoisonError::into_inner).insert(probe.clone());
-        tokio::spawn(deliver(Arc::clone(self), sender, probe));
-        receiver
-    }
-
-    /// Ends both connections; pending calls fail.
+    /// Ends all connections; pending calls fail.
     pub(super) fn close(&self) {
         self.stop.cancel();
-        let (commands, subscriber) = (self.commands.clone(), self.subscriber.clone());
-        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
-            runtime.spawn(async move {
-                // Nothing waits for these answers: the process or the test ends.
-                commands.quit().await.ok();
-                subscriber.quit().await.ok();
-            });
+        for link in &self.route.borrow().links {
+            link.close();
         }
     }
 
-    /// Keeps count of what goes unanswered, and gives a deaf connection up.
-    fn judge(&self, script: &'static str, answer: Result<Reply, Error>) -> Result<Reply, LedgerError> {
-        let now_ms = u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX);
-        match answer {
-            Ok(reply) => {
-                self.answered_ms.store(now_ms, Ordering::Relaxed);
-                self.unanswered.store(0, Ordering::Relaxed);
-                Ok(reply)
-            }
-            Err(error) => {
-                let error = self.error(script, &error);
-                metrics::LEDGER_ERRORS.count(&[script, error.kind().as_str()]);
-                if matches!(error, LedgerError::Timeout(_)) {
-                    let unanswered = self.unanswered.fetch_add(1, Ordering::Relaxed) + 1;
-                    let silent = now_ms.saturating_sub(self.answered_ms.load(Ordering::Relaxed));
-                    if unanswered >= DEAF_COMMANDS && u128::from(silent) >= DEAF_AFTER.as_millis() {
-                        self.answered_ms.store(now_ms, Ordering::Relaxed);
-                        self.unanswered.store(0, Ordering::Relaxed);
-                        tracing::warn!(silent_ms = silent, "Redis does not answer; connecting anew");
-                        reconnect(&self.commands);
-                    }
-                }
-                Err(error)
+    /// Runs a call on the server that has a key. A server that says the key is elsewhere has done nothing, so another
+    /// one is asked.
+    async fn call<F>(
+        &self,
+        name: &'static str,
+        key: &str,
+        call: impl Fn(Client) -> F + Send,
+    ) -> Result<Reply, LedgerError>
+    where
+        F: Future<Output = Result<Reply, Error>> + Send,
+    {
+        for _ in 0..MOVES_MAX {
+            let mut route = self.route.subscribe();
+            let link = self.link(key).await?;
+            match call(link.commands.clone()).await {
+                Err(error) if has_moved(&error) => self.rerouted(&mut route).await,
+                answer => return link.judge(self, name, answer),
             }
         }
+        metrics::LEDGER_ERRORS.count(&[name, moving().kind().as_str()]);
+        Err(moving())
     }
 
-    fn error(&self, script: &'static str, error: &Error) -> LedgerError {
-        match error.kind() {
-            ErrorKind::Timeout => LedgerError::Timeout(self.timeout),
-            ErrorKind::IO
-            | ErrorKind::Canceled
-            | ErrorKind::Backpressure
-            | ErrorKind::Cluster
-            | ErrorKind::Sentinel
-            | ErrorKind::Routing
-            | ErrorKind::Tls => LedgerError::Disconnected(error.details().to_owned()),
-            ErrorKind::Config
-            | ErrorKind::Auth
-            | ErrorKind::InvalidCommand
-            | ErrorKind::InvalidArgument
-            | ErrorKind::Url
-            | ErrorKind::Protocol
-            | ErrorKind::Unknown
-            | ErrorKind::Parse
-            | ErrorKind::NotFound => LedgerError::Refused { script, message: error.details().to_owned() },
+    /// The server that has a key. Waits only before a cluster was seen for the first time, and while none has the key.
+    async fn link(&self, key: &str) -> Result<Arc<Link>, LedgerError> {
+        if let Some(link) = self.route.borrow().link(key) {
+            return Ok(Arc::clone(link));
         }
+        let mut route = self.route.subscribe();
+        let found = tokio::time::timeout(self.timeout, route.wait_for(|route| route.link(key).is_some())).await;
+        let link = found.ok().and_then(|route| route.ok()?.link(key).cloned());
+        link.ok_or(LedgerError::Timeout(self.timeout))
+    }
+
+    /// Asks for a new look at the cluster and waits for it.
+    async fn rerouted(&self, route: &mut watch::Receiver<Arc<Route>>) {
+        self.doubt.notify_one();
+        // Without one in time the call goes to the same server once more, and fails if nothing changed there.
+        tokio::time::timeout(MOVED_WAIT, route.changed()).await.ok();
+    }
+
+    fn channels(&self) -> std::sync::MutexGuard<'_, HashSet<String>> {
+        self.channels.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether a channel is sharded: only the servers of its slot carry it.
+    fn is_sharded(&self, channel: &str) -> bool {
+        self.clustered && key::is_event_channel(channel)
     }
 }
 
-/// Gives a connection up for a new one. In a task of its own, because the client waits until the new one stands.
-fn reconnect(client: &Client) {
-    // One that knows it is down is trying already, and a second request would cut what the first has brought.
-    if !client.is_connected() {
-        return;
-    }
-    let client = client.clone();
-    // Fails only when the client was closed.
-    tokio::spawn(async move { client.force_reconnection().await.ok() });
+/// A command that the client has no name for, or a needlessly clever one.
+async fn custom(client: Client, name: &'static str, args: Vec<String>) -> Result<Reply, Error> {
+    use fred::interfaces::ClientLike;
+    client.custom(CustomCommand::new_static(name, ClusterHash::FirstKey, false), args).await
 }
 
-/// Says when the connection for commands comes and goes, once each.
-async fn watch_connection(
-    driver: std::sync::Weak<Driver>,
-    mut lost: broadcast::Receiver<(Error, Option<Server>)>,
-    mut back: broadcast::Receiver<Server>,
-) {
-    let mut up = None;
-    loop {
-        let now_up = tokio::select! {
-            error = lost.recv() => match error {
-                Ok((error, _)) => {
-                    if up != Some(false) {
-                        tracing::warn!(error = %error.details(), "Redis is not reachable");
-                    }
-                    false
-                }
-                Err(RecvError::Lagged(_)) => continue,
-                Err(RecvError::Closed) => return,
-            },
-            server = back.recv() => match server {
-                Ok(server) => {
-                    if let Some(driver) = driver.upgrade() {
-                        driver.connections.fetch_add(1, Ordering::Relaxed);
-                    }
-                    if up != Some(true) {
-                        tracing::info!(server = %server, "connected to Redis");
-                    }
-                    true
-                }
-                Err(RecvError::Lagged(_)) => continue,
-                Err(RecvError::Closed) => return,
-            },
-        };
-        up = Some(now_up);
-        metrics::LEDGER_UP.set(&[], if now_up { 1.0 } else { 0.0 });
-        if driver.strong_count() == 0 {
-            return;
-        }
-    }
+fn has_moved(error: &Error) -> bool {
+    error.details().starts_with("MOVED ")
 }
 
-/// The subscriber's life: connect, subscribe everything wanted after each (re)connection, hand messages on, and connect
-/// anew when the replica's own probe does not come back.
-async fn deliver(driver: Arc<Driver>, sender: mpsc::Sender<Delivery>, probe: String) {
-    let client = driver.subscriber.clone();
-    let mut messages = client.message_rx();
-    let mut connected = client.reconnect_rx();
-    drop(client.connect());
-    let mut tick = tokio::time::interval(PROBE_EVERY);
-    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    let mut heard = Instant::now();
-    let mut subscribed = false;
-    let mut gap = false;
-    loop {
-        tokio::select! {
-            () = driver.stop.cancelled() => return,
-            message = messages.recv() => match message {
-                Ok(message) if *message.channel == *probe => heard = Instant::now(),
-                Ok(message) => {
-                    let text = message.value.into_string().unwrap_or_default();
-                    let delivery = Delivery::Message { channel: message.channel.to_string(), text };
-                    gap |= sender.try_send(delivery).is_err();
-                }
-                Err(RecvError::Lagged(missed)) => {
-                    metrics::LEDGER_NOTICES_LOST.add(&[], missed);
-                    gap = true;
-                }
-                Err(RecvError::Closed) => return,
-            },
-            server = connected.recv() => {
-                if matches!(server, Err(RecvError::Closed)) {
-                    return;
-                }
-                subscribed = resubscribe(&driver).await;
-                gap = true;
-                heard = Instant::now();
-            }
-            _ = tick.tick() => {
-                if !subscribed && client.is_connected() {
-                    subscribed = resubscribe(&driver).await;
-                    gap = true;
-                    heard = Instant::now();
-                } else if subscribed && heard.elapsed() > PROBE_LOST_AFTER {
-                    tracing::warn!("the subscription delivers nothing; connecting anew");
-                    metrics::LEDGER_PROBES_LOST.count(&[]);
-                    subscribed = false;
-                    heard = Instant::now();
-                    reconnect(&client);
-                }
-                let driver = Arc::clone(&driver);
-                let probe = probe.clone();
-                // In a task of its own: a Redis that does not answer must not keep this loop from delivering.
-                tokio::spawn(async move { driver.publish(&probe, "").await.ok() });
-            }
-        }
-        if gap && sender.try_send(Delivery::Gap).is_ok() {
-            gap = false;
-        }
-    }
+fn moving() -> LedgerError {
+    LedgerError::Disconnected("the key's slot is moving".to_owned())
 }
 
-/// Subscribes every wanted channel again, in bounded portions. False when it has to be tried again.
-async fn resubscribe(driver: &Driver) -> bool {
-    let channels: Vec<String> =
-        driver.channels.lock().unwrap_or_else(PoisonError::into_inner).iter().cloned().collect();
-    for portion in channels.chunks(500) {
-        if let Err(error) = driver.subscriber.subscribe(portion.to_vec()).await {
-            tracing::warn!(error = %error.details(), "could not subscribe; will try again");
-            return false;
-        }
+/// TLS that trusts exactly the certificates in a PEM file.
+fn trusting(file: &std::path::Path) -> Result<fred::types::config::TlsConnector, String> {
+    let mut roots = RootCertStore::empty();
+    for certificate in CertificateDer::pem_file_iter(file).map_err(|error| error.to_string())? {
+        let certificate = certificate.map_err(|error| error.to_string())?;
+        roots.add(certificate).map_err(|error| error.to_string())?;
     }
-    true
+    if roots.is_empty() {
+        return Err("no certificate in it".to_owned());
+    }
+    Ok(ClientConfig::builder().with_root_certificates(roots).with_no_client_auth().into())
 }

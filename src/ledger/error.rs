@@ -8,10 +8,11 @@ pub enum LedgerError {
     /// No answer in time: whether anything changed is unknown.
     #[error("no answer from Redis within {0:?}")]
     Timeout(Duration),
-    /// The connection is down or broke: whether anything changed is unknown.
+    /// The connection is down, broke, or leads to a server that is not the one to ask now (a replica, one that still
+    /// loads, a part of a broken cluster): whether anything changed is unknown.
     #[error("Redis cannot be reached: {0}")]
     Disconnected(String),
-    /// Redis answered with an error of its own (out of memory, read-only, loading, no permission).
+    /// Redis answered with an error of its own (out of memory, no permission).
     #[error("Redis refused {script}: {message}")]
     Refused {
         /// What was being done.

@@ -66,9 +66,19 @@ pub(super) const DEAD: &str = "seatlock:{fleet}:dead";
 /// Made by the fleet's first beat: another one means that the data was lost.
 pub(super) const EPOCH: &str = "seatlock:{fleet}:epoch";
 
-/// Where an event's changes are told.
+/// Where an event's changes are told: in the event's own slot.
 pub(super) fn event_channel(event: EventId) -> String {
-    format!("{EVENT_CHANNEL}{event}")
+    format!("{EVENT_CHANNEL}{event}{EVENT_CHANNEL_END}")
+}
+
+/// The event that a channel tells the changes of.
+pub(super) fn event_of_channel(channel: &str) -> Option<EventId> {
+    channel.strip_prefix(EVENT_CHANNEL)?.strip_suffix(EVENT_CHANNEL_END)?.parse().ok()
+}
+
+/// Whether a channel tells an event's changes.
+pub(super) fn is_event_channel(channel: &str) -> bool {
+    channel.starts_with(EVENT_CHANNEL)
 }
 
 /// Where a user's messages are told.
@@ -76,8 +86,9 @@ pub(super) fn user_channel(user: UserId) -> String {
     format!("{USER_CHANNEL}{user}")
 }
 
-/// What every event's channel begins with.
-pub(super) const EVENT_CHANNEL: &str = "seatlock:event:";
+/// What stands around the event in its channel.
+const EVENT_CHANNEL: &str = "seatlock:{e:";
+const EVENT_CHANNEL_END: &str = "}:changes";
 
 /// What every user's channel begins with; the scripts know it too.
 pub(super) const USER_CHANNEL: &str = "seatlock:user:";

@@ -30,7 +30,7 @@ pub use error::{ErrorKind, LedgerError};
 pub use memory::{Clock, MemoryLedger};
 pub use notice::{FeedItem, Topic};
 pub use notice::{read_change, read_personal, write_personal};
-pub use redis::{RedisClock, RedisLedger, RedisOptions};
+pub use redis::{RedisClock, RedisLedger, RedisOptions, RedisSettingError};
 pub use script::{Arity, Script};
 pub use sweep::Sweeper;
 

@@ -1,5 +1,6 @@
 //! The ledger of a fleet: TTL keys in Redis, one script for each transition.
 
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -7,7 +8,7 @@ use async_trait::async_trait;
 use futures_util::future::join_all;
 use tokio::sync::mpsc;
 
-use super::driver::{Delivery, Driver};
+use super::driver::{Delivery, Driver, DriverOptions, Witness};
 use super::notice::{read_change, read_personal, write_personal};
 use super::reply::{self, Left, OrderReply, Parts};
 use super::script::{self, Script};
@@ -49,6 +50,8 @@ const PARALLEL: usize = 64;
 pub struct RedisOptions {
     /// `redis://`, `rediss://`, `redis-sentinel://`, `redis-cluster://` or `unix:`; may hold a password.
     pub url: String,
+    /// The certificates that TLS trusts, a PEM file; without it those of the system.
+    pub ca_file: Option<PathBuf>,
     /// This process.
     pub replica: ReplicaId,
     /// The limit of one round trip.
@@ -57,6 +60,22 @@ pub struct RedisOptions {
     pub wait: u32,
     /// Where scripts read the time.
     pub clock: RedisClock,
+}
+
+/// What makes it impossible to connect at all. Never repeats the URL, which may hold a password.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum RedisSettingError {
+    /// The URL is not one of Redis.
+    #[error("the Redis client cannot read this URL")]
+    Url,
+    /// The file of trusted certificates.
+    #[error("{}: {why}", file.display())]
+    CaFile {
+        /// Which.
+        file: PathBuf,
+        /// What is wrong with it.
+        why: String,
+    },
 }
 
 /// Where scripts read the time.
@@ -99,10 +118,15 @@ impl RedisLedger {
     /// A ledger that connects in the background; calls fail within the timeout until it has.
     ///
     /// # Errors
-    /// When the URL is not one.
-    pub fn connect(redis: &RedisOptions, options: LedgerOptions) -> Result<Self, LedgerError> {
-        let driver = Driver::connect(&redis.url, redis.timeout, redis.clock)?;
-        let deliveries = driver.deliveries(format!("{}{}", key::PROBE_CHANNEL, redis.replica));
+    /// When the URL is not one, or the file of trusted certificates cannot be used.
+    pub fn connect(redis: &RedisOptions, options: LedgerOptions) -> Result<Self, RedisSettingError> {
+        let (driver, deliveries) = Driver::connect(DriverOptions {
+            url: redis.url.clone(),
+            ca_file: redis.ca_file.clone(),
+            timeout: redis.timeout,
+            clock: redis.clock,
+            probe: format!("{}{}", key::PROBE_CHANNEL, redis.replica),
+        })?;
         let (sender, feed) = mpsc::channel(FEED_LEN_MAX);
         tokio::spawn(read_deliveries(deliveries, sender));
         Ok(Self {
@@ -226,8 +250,8 @@ impl RedisLedger {
     }
 
     /// Returns when enough Redis replicas have the grant; undoes it when they have not in time.
-    async fn make_durable(&self, lock: LockId, user: UserId) -> Result<(), LedgerError> {
-        let got = self.driver.replicated(self.wait, self.wait_within).await?;
+    async fn make_durable(&self, lock: LockId, user: UserId, witness: Witness) -> Result<(), LedgerError> {
+        let got = self.driver.replicated(witness, self.wait, self.wait_within).await?;
         if got >= self.wait {
             return Ok(());
         }
@@ -393,6 +417,7 @@ impl Ledger for RedisLedger {
         // thing due is the warning, or the deadline where it is too near for one.
         let first_due = request.ttl.saturating_sub(self.options.expiry_warning);
         let first_due = if first_due.is_zero() { request.ttl } else { first_due };
+        let witness = if self.wait > 0 { Some(self.driver.witness(&key::lock(request.lock)).await?) } else { None };
         let (touched, visited, answer) = tokio::join!(
             self.touch(event, first_due),
             self.visit(request.user, event),
@@ -404,10 +429,10 @@ impl Ledger for RedisLedger {
             touched?;
             visited?;
         }
-        if self.wait > 0
+        if let Some(witness) = witness
             && let LockOutcome::Granted(grant) | LockOutcome::GrantedBefore(grant) = &outcome
         {
-            self.make_durable(grant.lock, request.user).await?;
+            self.make_durable(grant.lock, request.user, witness).await?;
         }
         Ok(outcome)
     }
@@ -544,15 +569,11 @@ impl Ledger for RedisLedger {
     }
 
     async fn enter(&self, user: UserId, session: SessionId) -> Result<Presence, LedgerError> {
-        // The index first (one connection keeps the order), so that it is never too small.
-        let hosted = vec![key::hosted(self.replica)];
+        // The index first, so that it is never too small.
+        let hosted = self.run(&script::HOST, vec![key::hosted(self.replica)], vec![user.to_string()]).await?;
+        reply::said(&hosted, "hosted")?;
         let args = vec![session.to_string(), self.replica.to_string()];
-        let (hosted, entered) = tokio::join!(
-            self.run(&script::HOST, hosted, vec![user.to_string()]),
-            self.run(&script::ENTER, vec![key::user_sessions(user)], args),
-        );
-        reply::said(&hosted?, "hosted")?;
-        let generation = reply::entered(entered?)?;
+        let generation = reply::entered(self.run(&script::ENTER, vec![key::user_sessions(user)], args).await?)?;
         let adopt = |event| async move {
             let args = [user.to_string(), generation.to_string()];
             reply::locks(self.event(&script::ADOPT, event, [], args).await?, user)
@@ -633,7 +654,8 @@ impl Ledger for RedisLedger {
     }
 
     async fn ping(&self) -> Result<(), LedgerError> {
-        self.driver.ping().await
+        // The fleet's keys are part of every lock, so on a cluster their server must be there.
+        self.driver.ping(key::DUE).await
     }
 
     async fn subscribe(&self, topic: Topic) -> Result<(), LedgerError> {
@@ -679,8 +701,8 @@ async fn read_deliveries(mut deliveries: mpsc::Receiver<Delivery>, feed: mpsc::S
 }
 
 fn read_message(channel: &str, text: &str) -> Option<FeedItem> {
-    if let Some(event) = channel.strip_prefix(key::EVENT_CHANNEL) {
-        read_change(event.parse().ok()?, text).map(FeedItem::Changed)
+    if let Some(event) = key::event_of_channel(channel) {
+        read_change(event, text).map(FeedItem::Changed)
     } else {
         let user = channel.strip_prefix(key::USER_CHANNEL)?.parse().ok()?;
         read_personal(text).map(|message| FeedItem::Personal(user, message))

@@ -32,16 +32,28 @@ pub struct Script {
     /// The text that Redis gets.
     pub source: &'static str,
     sha: OnceLock<String>,
+    on_cluster: OnceLock<(String, String)>,
 }
 
 impl Script {
     const fn new(name: &'static str, keys: Arity, args: Arity, source: &'static str) -> Self {
-        Self { name, keys, args, source, sha: OnceLock::new() }
+        Self { name, keys, args, source, sha: OnceLock::new(), on_cluster: OnceLock::new() }
     }
 
     /// The lower-case hexadecimal SHA-1 that EVALSHA names it by.
     pub fn sha(&self) -> &str {
         self.sha.get_or_init(|| super::driver::sha1(self.source))
+    }
+
+    /// The same script on a cluster, where changes are told by sharded pub/sub, and its SHA-1. Redis 6 does not know
+    /// that command, so it cannot be the same text everywhere.
+    pub(super) fn on_cluster(&self) -> (&str, &str) {
+        let (text, sha) = self.on_cluster.get_or_init(|| {
+            let text = self.source.replace("redis.call('PUBLISH', ARGV[1],", "redis.call('SPUBLISH', ARGV[1],");
+            let sha = super::driver::sha1(&text);
+            (text, sha)
+        });
+        (text, sha)
     }
 
     /// The same script on the clock of [`super::RedisClock::Stepped`].

@@ -36,7 +36,7 @@ fn the_defaults_are_the_promised_ones() {
     assert_eq!(config.listen, SocketAddr::from(([0, 0, 0, 0], 8880)));
     assert_eq!(config.admin_listen, None);
     assert!(config.cors_origins.is_empty());
-    assert_eq!((config.redis_url, config.redis_wait), (None, 0));
+    assert_eq!((config.redis_url, config.redis_ca_file, config.redis_wait), (None, None, 0));
     assert_eq!((config.amqp_url, config.amqp_queue.as_str()), (None, "realtime_queue"));
     assert_eq!((config.jwt_issuer, config.jwt_audience), (None, None));
     assert_eq!(config.token_grace, seconds(25));
@@ -66,6 +66,7 @@ fn help_explains_every_flag_and_variable() {
         "listen",
         "admin-listen",
         "redis-url",
+        "redis-ca-file",
         "amqp-url",
         "amqp-queue",
         "events-url",
@@ -240,6 +241,31 @@ fn a_flag_goes_before_its_variable_and_an_empty_variable_is_not_set() {
     assert_eq!(config.lock_ttl, Duration::from_secs(90));
     assert_eq!((config.redis_url, config.max_per_lock), (None, 10));
     assert_eq!(parse(&[], &env).expect("valid").lock_ttl, Duration::from_mins(2));
+}
+
+/// The CA's file is for TLS, and one that cannot be used stops the start and says so.
+#[test]
+fn the_ca_of_redis_is_for_tls_and_must_be_one() {
+    for scheme in ["rediss", "rediss-sentinel", "rediss-cluster"] {
+        let url = format!("{scheme}://cache:6379/?sentinelServiceName=x");
+        let env = with(&[("SEATLOCK_REDIS_URL", &url), ("SEATLOCK_REDIS_CA_FILE", "ca.pem")]);
+        assert_eq!(parse(&[], &env).expect("valid").redis_ca_file, Some("ca.pem".into()), "{scheme}");
+    }
+    let plain = with(&[("SEATLOCK_REDIS_URL", "redis://cache"), ("SEATLOCK_REDIS_CA_FILE", "ca.pem")]);
+    let mistakes = parse(&[], &plain).expect_err("no TLS");
+    assert!(mistakes.len() == 1 && mistakes[0].starts_with("SEATLOCK_REDIS_CA_FILE is for TLS"), "{mistakes:?}");
+
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let (absent, empty) = (folder.path().join("absent.pem"), folder.path().join("empty.pem"));
+    std::fs::write(&empty, "nothing of the kind").expect("a temporary file");
+    for file in [absent, empty] {
+        let file = file.display().to_string();
+        let env = [("SEATLOCK_REDIS_URL", "rediss://:hunter2@127.0.0.1:1"), ("SEATLOCK_REDIS_CA_FILE", file.as_str())];
+        let ended = run(&["--demo", "--listen=127.0.0.1:0"], &env);
+        assert_ne!(ended.code, 0);
+        assert!(ended.err.contains(&format!("SEATLOCK_REDIS_CA_FILE: {file}")), "{}", ended.err);
+        assert!(!ended.err.contains("hunter2"), "{}", ended.err);
+    }
 }
 
 #[test]

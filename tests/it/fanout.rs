@@ -339,6 +339,7 @@ async fn after_redis_died_and_lost_everything_the_room_is_told_the_truth() {
     let replica = RedisOptions {
         wait: 0,
         url: redis.url(),
+        ca_file: None,
         replica: ReplicaId::generate(),
         timeout: Duration::from_millis(500),
         clock: RedisClock::Server,

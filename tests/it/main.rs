@@ -17,3 +17,4 @@ mod rpc;
 mod sessions;
 mod support;
 mod tidy;
+mod topology;

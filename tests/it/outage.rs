@@ -78,6 +78,26 @@ async fn subscriptions_come_back_and_say_so() {
     while !matches!(next().await, FeedItem::Changed(notice) if notice.availability.stock == 8) {}
 }
 
+/// Many grants wait for Redis replicas that are not there: they wait together, so each is answered in time, and so is
+/// everything else.
+#[tokio::test]
+async fn waiting_in_vain_holds_up_nobody() {
+    let server = RedisServer::start().await;
+    let ledger = live(&server, LIMIT * 2, 1);
+    recovered(ledger.as_ref()).await;
+    stock(ledger.as_ref(), event(1), &[(1, 900, 900)]).await;
+    let locks: Vec<_> = (1..=40).map(|user| request(event(1), 1, user, 1)).collect();
+    let answers = futures_util::future::join_all(locks.iter().map(|lock| ledger.lock(lock)));
+    let pings = async {
+        for _ in 0..5 {
+            ledger.ping().await.expect("answered in time");
+        }
+    };
+    for answer in futures_util::future::join(answers, pings).await.0 {
+        assert_eq!(answer.expect_err("nobody follows").kind(), ErrorKind::NotReplicated);
+    }
+}
+
 /// A grant that too few Redis replicas have is undone and not answered; with enough of them it is.
 #[tokio::test]
 async fn a_grant_waits_for_redis_replicas() {

@@ -93,7 +93,14 @@ pub async fn replica(options: GatewayOptions) -> Replica {
 
 /// A ledger in Redis, whose round trips take at most `timeout`.
 pub fn redis_ledger(url: String, timeout: Duration) -> Arc<dyn Ledger> {
-    let redis = RedisOptions { url, replica: ReplicaId::generate(), timeout, wait: 0, clock: RedisClock::default() };
+    let redis = RedisOptions {
+        url,
+        ca_file: None,
+        replica: ReplicaId::generate(),
+        timeout,
+        wait: 0,
+        clock: RedisClock::default(),
+    };
     Arc::new(RedisLedger::connect(&redis, ledger_options()).expect("a connection to Redis"))
 }
 

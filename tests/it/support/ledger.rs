@@ -1,5 +1,6 @@
 //! Both ledgers on a clock that tests step.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -45,6 +46,7 @@ impl Stepped {
         let ledger = RedisLedger::connect(
             &RedisOptions {
                 url: server.url(),
+                ca_file: None,
                 replica: ReplicaId::generate(),
                 timeout: Duration::from_secs(5),
                 wait: 0,
@@ -66,7 +68,7 @@ impl Stepped {
     pub fn another(&self, _scripts: Option<&'static std::path::Path>) -> Arc<dyn Ledger> {
         let url = self.redis.as_ref().expect("the model has one replica").0.url();
         let (replica, timeout) = (ReplicaId::generate(), Duration::from_secs(5));
-        let redis = RedisOptions { url, replica, timeout, wait: 0, clock: RedisClock::Stepped };
+        let redis = RedisOptions { url, ca_file: None, replica, timeout, wait: 0, clock: RedisClock::Stepped };
         Arc::new(RedisLedger::connect(&redis, options()).expect("a good address"))
     }
 
@@ -179,8 +181,13 @@ pub fn report(event: EventId, order: &str, category_id: u64, user_id: u64, n: u6
 
 /// A ledger on this server's own clock.
 pub fn live(server: &RedisServer, timeout: Duration, wait: u32) -> Arc<dyn Ledger> {
-    let redis =
-        RedisOptions { url: server.url(), replica: ReplicaId::generate(), timeout, wait, clock: RedisClock::Server };
+    live_at(server.url(), None, timeout, wait)
+}
+
+/// A ledger at any address, on its own clock.
+pub fn live_at(url: String, ca_file: Option<PathBuf>, timeout: Duration, wait: u32) -> Arc<dyn Ledger> {
+    let clock = RedisClock::Server;
+    let redis = RedisOptions { url, ca_file, replica: ReplicaId::generate(), timeout, wait, clock };
     Arc::new(RedisLedger::connect(&redis, options()).expect("a good address"))
 }
 

@@ -1,10 +1,13 @@
 //! What several tests need: real peers, started and stopped by the test that uses them.
 
+pub mod cluster;
 pub mod gateway;
 pub mod ledger;
+pub mod node;
 pub mod process;
 pub mod rabbit;
 pub mod redis;
+pub mod sentinel;
 
 /// A TCP port of the loopback that was free a moment ago.
 pub fn free_port() -> u16 {

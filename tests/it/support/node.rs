@@ -1,0 +1,100 @@
+//! A Redis process on a TCP port, one of several that a test plugs together.
+
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use tempfile::TempDir;
+
+use super::free_port;
+
+/// A `redis-server` or sentinel in a folder of its own, killed when dropped.
+pub struct Node {
+    pub port: u16,
+    /// Gone with the node.
+    _folder: TempDir,
+    args: Vec<String>,
+    child: Option<Child>,
+}
+
+impl Node {
+    /// A server without persistence, which copies to and from others at once.
+    pub async fn server(more: &[&str]) -> Self {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let port = free_port();
+        let common = ["--bind", "127.0.0.1", "--save", "", "--appendonly", "no", "--repl-diskless-sync-delay", "0"];
+        let mut args: Vec<String> = common.iter().chain(more).map(ToString::to_string).collect();
+        let port_flag = if more.contains(&"--tls-cert-file") { "--tls-port" } else { "--port" };
+        if port_flag == "--tls-port" {
+            args.extend(["--port".to_owned(), "0".to_owned()]);
+        }
+        args.extend([port_flag.to_owned(), port.to_string()]);
+        args.extend(["--dir".to_owned(), folder.path().display().to_string()]);
+        let mut node = Self { port, _folder: folder, args, child: None };
+        node.restart(&[]).await;
+        node
+    }
+
+    /// A sentinel with this configuration.
+    pub async fn sentinel(configuration: &str) -> Self {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let port = free_port();
+        let file = folder.path().join("sentinel.conf");
+        let dir = folder.path().display();
+        let text = format!("bind 127.0.0.1\nport {port}\ndir {dir}\n{configuration}\n");
+        std::fs::write(&file, text).expect("a temporary file");
+        let args = vec![file.display().to_string(), "--sentinel".to_owned()];
+        let mut node = Self { port, _folder: folder, args, child: None };
+        node.restart(&[]).await;
+        node
+    }
+
+    /// Starts it (again), and waits until it accepts connections.
+    pub async fn restart(&mut self, more: &[&str]) {
+        assert!(self.child.is_none(), "it runs");
+        let mut command = Command::new("redis-server");
+        command.args(&self.args).args(more).stdin(Stdio::null()).stdout(Stdio::null());
+        self.child = Some(command.spawn().expect("redis-server is installed (tests/run installs it)"));
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while std::net::TcpStream::connect(("127.0.0.1", self.port)).is_err() {
+            assert!(Instant::now() < deadline, "redis-server did not start within 10 s");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    /// `kill -9`.
+    pub fn kill(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            child.kill().expect("the server runs");
+            child.wait().expect("the server is ours");
+        }
+    }
+
+    /// What Redis answers to a command, as `redis-cli` shows it.
+    pub async fn ask(&self, words: &[&str]) -> String {
+        ask(self.port, words).await
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+/// What the Redis on a port answers to a command, as `redis-cli` shows it.
+pub async fn ask(port: u16, words: &[&str]) -> String {
+    let mut command = tokio::process::Command::new("redis-cli");
+    command.args(["-h", "127.0.0.1", "-p", &port.to_string(), "--raw"]).args(words);
+    let output = tokio::time::timeout(Duration::from_secs(10), command.kill_on_drop(true).output()).await;
+    let output = output.expect("an answer within 10 s").expect("redis-cli is installed with redis-server");
+    String::from_utf8_lossy(&output.stdout).trim().to_owned()
+}
+
+/// Waits until something holds.
+pub async fn until(what: &str, within: Duration, mut holds: impl AsyncFnMut() -> bool) {
+    let deadline = Instant::now() + within;
+    while !holds().await {
+        assert!(Instant::now() < deadline, "not within {within:?}: {what}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}

@@ -1,0 +1,90 @@
+//! A master, two Redis replicas and three sentinels.
+
+use std::time::Duration;
+
+use super::node::{Node, until};
+
+const NAME: &str = "seatlock";
+
+pub struct Sentinels {
+    pub servers: Vec<Node>,
+    sentinels: Vec<Node>,
+}
+
+impl Sentinels {
+    /// Starts all of them and waits until each knows the others.
+    pub async fn start() -> Self {
+        let master = Node::server(&[]).await;
+        let follow = format!("127.0.0.1 {}", master.port);
+        let mut servers = vec![master];
+        for _ in 0..2 {
+            servers.push(Node::server(&["--replicaof", &follow]).await);
+        }
+        let configuration = format!(
+            "sentinel monitor {NAME} {follow} 2\nsentinel down-after-milliseconds {NAME} 1500\n\
+             sentinel failover-timeout {NAME} 3000\nsentinel parallel-syncs {NAME} 2"
+        );
+        let mut sentinels = Vec::new();
+        for _ in 0..3 {
+            sentinels.push(Node::sentinel(&configuration).await);
+        }
+        let all = Self { servers, sentinels };
+        all.whole().await;
+        for sentinel in &all.sentinels {
+            until("a sentinel knows the other two and both Redis replicas", Duration::from_secs(30), async || {
+                let said = sentinel.ask(&["SENTINEL", "master", NAME]).await;
+                field(&said, "num-other-sentinels") == "2" && field(&said, "num-slaves") == "2"
+            })
+            .await;
+        }
+        all
+    }
+
+    /// The address for the ledger.
+    pub fn url(&self) -> String {
+        let [first, second, third] = [0, 1, 2].map(|index| self.sentinels[index].port);
+        format!(
+            "redis-sentinel://127.0.0.1:{first}/?sentinelServiceName={NAME}&node=127.0.0.1:{second}&node=127.0.0.1:{third}"
+        )
+    }
+
+    /// Which server the sentinels call the master; `None` when they do not agree.
+    pub async fn master(&self) -> Option<usize> {
+        let mut named = Vec::new();
+        for sentinel in &self.sentinels {
+            named.push(sentinel.ask(&["SENTINEL", "get-master-addr-by-name", NAME]).await);
+        }
+        named.dedup();
+        let [one] = named.as_slice() else { return None };
+        let port: u16 = one.lines().last()?.parse().ok()?;
+        self.servers.iter().position(|server| server.port == port)
+    }
+
+    /// Waits until the master has two Redis replicas that follow it.
+    pub async fn whole(&self) {
+        until("two Redis replicas follow the master", Duration::from_secs(30), async || {
+            let Some(master) = self.master().await else { return false };
+            let said = self.servers[master].ask(&["INFO", "replication"]).await;
+            said.contains("role:master") && said.matches("state=online").count() == 2
+        })
+        .await;
+    }
+
+    /// Makes the master step down.
+    pub async fn fail_over(&self) {
+        assert_eq!(self.sentinels[0].ask(&["SENTINEL", "failover", NAME]).await, "OK");
+    }
+
+    /// Starts a killed server as a Redis replica of the master that there is now.
+    pub async fn revive(&mut self, index: usize) {
+        until("the sentinels agree", Duration::from_secs(10), async || self.master().await.is_some()).await;
+        let master = self.master().await.expect("a moment ago they agreed");
+        let follow = format!("127.0.0.1 {}", self.servers[master].port);
+        self.servers[index].restart(&["--replicaof", &follow]).await;
+    }
+}
+
+/// A field of an answer that has names and values on alternate lines.
+fn field<'a>(said: &'a str, name: &str) -> &'a str {
+    said.lines().skip_while(|line| *line != name).nth(1).unwrap_or_default()
+}

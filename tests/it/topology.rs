@@ -1,0 +1,119 @@
+//! Redis in each of the shapes that the URL can name: the same promises hold, and hold on when a master dies.
+
+mod body;
+mod cluster;
+mod load;
+mod sentinel;
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use seatlock::ledger::Script;
+
+use crate::support::cluster::Cluster;
+use crate::support::ledger::live_at;
+use crate::support::node::{Node, ask};
+use crate::support::redis::RedisServer;
+use crate::support::sentinel::Sentinels;
+
+const LIMIT: Duration = Duration::from_secs(2);
+
+/// Characters that mean something in a URL, and how they are written there.
+const PASSWORD: &str = "p@ss/w:rd?#%+1";
+const PASSWORD_IN_URL: &str = "p%40ss%2Fw%3Ard%3F%23%25%2B1";
+
+#[tokio::test]
+async fn a_unix_socket() {
+    let server = RedisServer::start().await;
+    body::runs(live_at(server.url(), None, LIMIT, 0)).await;
+}
+
+/// The rule as the operator reads it, and a user who may do nothing else.
+#[tokio::test]
+async fn tcp_with_a_user_of_the_documented_rights() {
+    let server = Node::server(&[]).await;
+    let rule = documented_rule().replace("PASSWORD", PASSWORD);
+    assert_eq!(server.ask(&rule.split(' ').collect::<Vec<_>>()).await, "OK");
+    assert_eq!(server.ask(&["ACL", "SETUSER", "default", "off"]).await, "OK");
+    let url = format!("redis://seatlock:{PASSWORD_IN_URL}@127.0.0.1:{}/0", server.port);
+    body::runs(live_at(url, None, LIMIT, 0)).await;
+    let denied = ask_as(server.port, "seatlock", PASSWORD, &["GET", "someone:else"]).await;
+    assert!(denied.contains("NOPERM"), "{denied}");
+
+    let wrong =
+        live_at(format!("redis://seatlock:wrong@127.0.0.1:{}", server.port), None, Duration::from_millis(500), 0);
+    wrong.ping().await.expect_err("a wrong password");
+}
+
+/// No script has a command that the documented rule forbids.
+#[test]
+fn the_documented_rights_are_enough_for_every_script() {
+    let rule = documented_rule();
+    let mut missing = Vec::new();
+    for script in Script::ALL {
+        let commands = script.source.split("redis.call('").skip(1).filter_map(|rest| rest.split('\'').next());
+        missing.extend(commands.map(str::to_lowercase).filter(|command| !rule.contains(&format!(" +{command} "))));
+    }
+    assert_eq!(missing, Vec::<String>::new());
+}
+
+/// A server whose certificate is signed by a CA that no system knows: with the CA's file it works, without it does not.
+#[tokio::test]
+async fn tls_with_a_ca_of_ones_own() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let ca = certificates(folder.path());
+    let path = |name: &str| folder.path().join(name).display().to_string();
+    let (key, certificate) = (path("server.key"), path("server.crt"));
+    let server = Node::server(
+        &[
+            ["--tls-cert-file", &certificate],
+            ["--tls-key-file", &key],
+            ["--tls-ca-cert-file", &ca.display().to_string()],
+            ["--tls-auth-clients", "no"],
+        ]
+        .concat(),
+    )
+    .await;
+    let url = format!("rediss://127.0.0.1:{}", server.port);
+    body::runs(live_at(url.clone(), Some(ca), LIMIT, 0)).await;
+    let stranger = live_at(url, None, Duration::from_millis(500), 0);
+    stranger.ping().await.expect_err("an unknown CA");
+}
+
+#[tokio::test]
+async fn through_sentinel() {
+    let sentinels = Sentinels::start().await;
+    body::runs(live_at(sentinels.url(), None, LIMIT, 2)).await;
+}
+
+#[tokio::test]
+async fn on_a_cluster() {
+    let cluster = Cluster::start().await;
+    body::runs(live_at(cluster.url(), None, LIMIT, 1)).await;
+}
+
+/// The `ACL SETUSER` of the manual.
+fn documented_rule() -> String {
+    let text = include_str!("../../docs/redis.md");
+    let rule = text.lines().find(|line| line.starts_with("ACL SETUSER ")).expect("the rule");
+    rule.to_owned()
+}
+
+async fn ask_as(port: u16, user: &str, password: &str, words: &[&str]) -> String {
+    ask(port, &[&["--user", user, "--pass", password, "--no-auth-warning"], words].concat()).await
+}
+
+/// A CA and a server's certificate for the loopback address; the CA's file.
+fn certificates(folder: &Path) -> PathBuf {
+    let openssl = |words: &str| {
+        let done = Command::new("openssl").args(words.split(' ')).current_dir(folder).output();
+        let done = done.expect("openssl is installed (tests/run installs it)");
+        assert!(done.status.success(), "openssl {words}: {}", String::from_utf8_lossy(&done.stderr));
+    };
+    std::fs::write(folder.join("names"), "subjectAltName=IP:127.0.0.1\n").expect("a temporary file");
+    openssl("req -x509 -newkey rsa:2048 -nodes -keyout ca.key -out ca.crt -days 2 -subj /CN=seatlock-test-ca");
+    openssl("req -newkey rsa:2048 -nodes -keyout server.key -out server.csr -subj /CN=redis");
+    openssl("x509 -req -in server.csr -CA ca.crt -CAkey ca.key -CAcreateserial -days 2 -extfile names -out server.crt");
+    folder.join("ca.crt")
+}
