@@ -84,13 +84,17 @@ async fn tls_with_a_ca_of_ones_own() {
 #[tokio::test]
 async fn through_sentinel() {
     let sentinels = Sentinels::start().await;
-    body::runs(live_at(sentinels.url(), None, LIMIT, 2)).await;
+    let url = with_documented_user(&sentinels.servers, &sentinels.url()).await;
+    body::runs(live_at(url, None, LIMIT, 2)).await;
+    nothing_was_denied(&sentinels.servers).await;
 }
 
 #[tokio::test]
 async fn on_a_cluster() {
     let cluster = Cluster::start().await;
-    body::runs(live_at(cluster.url(), None, LIMIT, 1)).await;
+    let url = with_documented_user(&cluster.nodes, &cluster.url()).await;
+    body::runs(live_at(url, None, LIMIT, 1)).await;
+    nothing_was_denied(&cluster.nodes).await;
 }
 
 /// The `ACL SETUSER` of the manual.
@@ -98,6 +102,22 @@ fn documented_rule() -> String {
     let text = include_str!("../../docs/redis.md");
     let rule = text.lines().find(|line| line.starts_with("ACL SETUSER ")).expect("the rule");
     rule.to_owned()
+}
+
+/// The same address for a user of the documented rights, who is made on every server.
+async fn with_documented_user(servers: &[Node], url: &str) -> String {
+    let rule = documented_rule().replace("PASSWORD", PASSWORD);
+    for server in servers {
+        assert_eq!(server.ask(&rule.split(' ').collect::<Vec<_>>()).await, "OK");
+    }
+    url.replacen("://", &format!("://seatlock:{PASSWORD_IN_URL}@"), 1)
+}
+
+/// What the client asks for by itself is allowed too.
+async fn nothing_was_denied(servers: &[Node]) {
+    for server in servers {
+        assert_eq!(server.ask(&["ACL", "LOG"]).await, "");
+    }
 }
 
 async fn ask_as(port: u16, user: &str, password: &str, words: &[&str]) -> String {

@@ -66,23 +66,20 @@ pub(super) async fn follow(driver: Arc<Driver>, link: Arc<Link>, sentinels: Sent
             Some(client) => sentinels.ask(client).await.ok(),
             None => None,
         };
-        match named {
-            Some(master) => {
-                let is_connected = link.commands.active_connections().contains(&master);
-                if !is_connected && link.is_up.load(Ordering::Relaxed) && followed.as_ref() != Some(&master) {
-                    tracing::info!(%master, "Sentinel names another master; connecting anew");
-                    link.reconnect();
-                    followed = Some(master);
-                } else if is_connected {
-                    followed = None;
-                }
+        if let Some(master) = named {
+            let is_connected = link.commands.active_connections().contains(&master);
+            if is_connected {
+                followed = None;
+            } else if link.is_up.load(Ordering::Relaxed) && followed.as_ref() != Some(&master) {
+                tracing::info!(%master, "Sentinel names another master; connecting anew");
+                link.reconnect();
+                followed = Some(master);
             }
-            None => {
-                // Another one next time.
-                turn += 1;
-                if let Some(client) = client.take() {
-                    client.quit().await.ok();
-                }
+        } else {
+            // Another one next time.
+            turn += 1;
+            if let Some(client) = client.take() {
+                client.quit().await.ok();
             }
         }
         tokio::select! {
