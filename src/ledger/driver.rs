@@ -20,7 +20,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::LedgerError;
 use super::redis::RedisClock;
-use super::script::Script;
+use super::script::{Script, SteppedScripts};
 use crate::metrics;
 
 /// An answer of Redis.
@@ -49,7 +49,8 @@ pub(super) struct Driver {
     subscriber: Client,
     channels: Arc<Mutex<HashSet<String>>>,
     timeout: Duration,
-    clock: RedisClock,
+    /// The scripts' texts on [`RedisClock::Stepped`].
+    stepped: Option<SteppedScripts>,
     started: Instant,
     /// Milliseconds since `started` of the last answer, and how many commands went unanswered since.
     answered_ms: AtomicU64,
@@ -66,11 +67,16 @@ impl Driver {
     /// Connects in the background: calls made before the connection stands wait for it, at most `timeout`.
     ///
     /// # Errors
-    /// When the URL is not one.
+    /// When the URL is not one, or the stepped clock's scripts cannot be read.
     pub(super) fn connect(url: &str, timeout: Duration, clock: RedisClock) -> Result<Arc<Self>, LedgerError> {
         // `unix:/path` is what operators write; the client's own scheme is longer.
         let url = url.strip_prefix("unix:").map_or_else(|| url.to_owned(), |path| format!("redis+unix://{path}"));
         let refused = |error: &Error| LedgerError::Refused { script: "connect", message: error.details().to_owned() };
+        let unread = |error: std::io::Error| LedgerError::Refused { script: "connect", message: error.to_string() };
+        let stepped = match clock {
+            RedisClock::Server => None,
+            RedisClock::Stepped { scripts } => Some(SteppedScripts::read(scripts).map_err(unread)?),
+        };
         let mut config = Config::from_url(&url).map_err(|error| refused(&error))?;
         config.version = RespVersion::RESP3;
         let mut builder = Builder::from_config(config);
@@ -97,7 +103,7 @@ impl Driver {
             subscriber,
             channels: Arc::default(),
             timeout,
-            clock,
+            stepped,
             started: Instant::now(),
             answered_ms: AtomicU64::new(0),
             unanswered: AtomicU32::new(0),
@@ -119,17 +125,10 @@ impl Driver {
         debug_assert!(script.keys.admits(keys.len()), "{}: {} keys", script.name, keys.len());
         debug_assert!(script.args.admits(args.len()), "{}: {} arguments", script.name, args.len());
         let started = Instant::now();
-        let answer: Result<Reply, Error> = match self.clock {
-            RedisClock::Server => {
-                let answer = self.commands.evalsha(script.sha(), keys.clone(), args.clone()).await;
-                match answer {
-                    Err(error) if error.details().starts_with("NOSCRIPT") => {
-                        self.commands.eval(script.source, keys, args).await
-                    }
-                    answer => answer,
-                }
-            }
-            RedisClock::Stepped => self.commands.eval(script.on_stepped_clock(), keys, args).await,
+        let (sha, text) = self.stepped.as_ref().map_or((script.sha(), script.source), |stepped| stepped.named(script));
+        let answer: Result<Reply, Error> = match self.commands.evalsha(sha, keys.clone(), args.clone()).await {
+            Err(error) if error.details().starts_with("NOSCRIPT") => self.commands.eval(text, keys, args).await,
+            answer => answer,
         };
         metrics::LEDGER_CALL.observe(&[script.name], started.elapsed());
         self.judge(script.name, answer)

@@ -1,5 +1,6 @@
 //! The ledger of a fleet: TTL keys in Redis, one script for each transition.
 
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -57,7 +58,10 @@ pub enum RedisClock {
     Server,
     /// From the list `test:clock`, seconds and microseconds, so that tests can step it. Never in production: two
     /// replicas that disagree about the clock disagree about deadlines.
-    Stepped,
+    Stepped {
+        /// Where the scripts' texts are read from instead of the compiled-in ones, so that tests can run changed ones.
+        scripts: Option<&'static Path>,
+    },
 }
 
 /// See the module.

@@ -8,6 +8,7 @@ use fred::interfaces::{KeysInterface, ListInterface, LuaInterface};
 use fred::types::Value;
 use seatlock::ledger::Script;
 
+use crate::support::ledger::scripts;
 use crate::support::redis::RedisServer;
 
 const LOCK: &str = "lock-1";
@@ -48,7 +49,7 @@ impl Bench {
 
     /// Runs a script with these keys and arguments; its reply as texts.
     async fn alone(&self, name: &str, keys: &[&str], args: &[&str]) -> Vec<String> {
-        let source = script(name).source.replace("redis.call('TIME')", "redis.call('LRANGE', 'test:clock', 0, 1)");
+        let source = script(name).on_stepped_clock(scripts()).expect("the script's text");
         let (keys, args) = (keys.to_vec(), args.to_vec());
         let reply: Value =
             self.client.eval(source, keys, args).await.unwrap_or_else(|error| panic!("{name}: {error:?}"));

@@ -1,7 +1,8 @@
 //! Both ledgers on a clock that tests step.
 
-use std::sync::Arc;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use fred::clients::Client;
@@ -48,7 +49,7 @@ impl Stepped {
                 replica: ReplicaId::generate(),
                 timeout: Duration::from_secs(5),
                 wait: 0,
-                clock: RedisClock::Stepped,
+                clock: RedisClock::Stepped { scripts: scripts() },
             },
             options(),
         );
@@ -102,6 +103,12 @@ impl Stepped {
         let row = rows.iter().find(|row| row.category.value() == category).expect("the category");
         (row.available(), row.active, row.settling)
     }
+}
+
+/// Where tests on a stepped clock read the scripts from instead of the compiled-in ones (`tests/mutate` sets it).
+pub fn scripts() -> Option<&'static Path> {
+    static FOLDER: OnceLock<Option<PathBuf>> = OnceLock::new();
+    FOLDER.get_or_init(|| std::env::var_os("SEATLOCK_TEST_SCRIPTS").map(PathBuf::from)).as_deref()
 }
 
 pub fn options() -> LedgerOptions {
