@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a test that meets an error fails and shows it")]
 #![expect(clippy::unchecked_time_subtraction, reason = "of constants; a wrong one panics, which fails the test")]
 
+mod audit;
 mod config;
 mod fanout;
 mod gateway;
