@@ -4,7 +4,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
 
 use fred::clients::Client;
-use fred::interfaces::{KeysInterface, ListInterface, LuaInterface};
+use fred::interfaces::{ListInterface, LuaInterface};
 use fred::types::Value;
 use seatlock::ledger::Script;
 
@@ -42,9 +42,8 @@ impl Bench {
     /// Lets time pass.
     async fn pass(&self, ms: u64) {
         self.now_ms.set(self.now_ms.get() + ms);
-        let _: () = self.client.del("test:clock").await.expect("DEL answers");
-        let now = vec![(self.now_ms.get() / 1000).to_string(), (self.now_ms.get() % 1000 * 1000).to_string()];
-        let _: () = self.client.rpush("test:clock", now).await.expect("RPUSH answers");
+        let now = vec![(self.now_ms.get() % 1000 * 1000).to_string(), (self.now_ms.get() / 1000).to_string()];
+        let _: () = self.client.lpush("test:clock", now).await.expect("LPUSH answers");
     }
 
     /// Runs a script with these keys and arguments; its reply as texts.

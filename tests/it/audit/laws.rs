@@ -111,10 +111,10 @@ fn lock(facts: &Facts, when: &When, request: &LockRequest, answer: &LockOutcome)
 fn granted(facts: &Facts, when: &When, request: &LockRequest, grant: &Grant) -> Findings {
     let event = request.event();
     let now = grant.now.as_ms();
-    // The fencing token says which of two grants was first, also where they overlap.
+    // The fencing token says which of two grants of a category was first, also where they overlap.
     let first = |life: &&Life| {
-        life.request.lock != grant.lock
-            && life.grant.is_some_and(|other| life.when.before(when) || other.version < grant.version)
+        let token = |other: &Grant| life.request.category == request.category && other.version < grant.version;
+        life.request.lock != grant.lock && life.grant.is_some_and(|other| life.when.before(when) || token(other))
     };
     let of_category = facts.of_category.get(&(event, request.category)).into_iter().flatten();
     let others = of_category.map(|lock| &facts.lives[lock]).filter(first);

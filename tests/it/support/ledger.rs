@@ -6,7 +6,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use fred::clients::Client;
-use fred::interfaces::{ClientLike, KeysInterface, ListInterface};
+use fred::interfaces::{ClientLike, ListInterface};
 use seatlock::domain::{
     CategoryId, CategoryStock, EventId, LockId, LockOutcome, LockRequest, Now, OrderId, OrderReport, OrderResult,
     Quantity, ReplicaId, Snapshot, UserId,
@@ -43,19 +43,9 @@ impl Stepped {
     pub async fn redis() -> Self {
         let server = RedisServer::start().await;
         let client = server.client().await;
-        let ledger = RedisLedger::connect(
-            &RedisOptions {
-                url: server.url(),
-                replica: ReplicaId::generate(),
-                timeout: Duration::from_secs(5),
-                wait: 0,
-                clock: RedisClock::Stepped { scripts: scripts() },
-            },
-            options(),
-        );
         let stepped = Self {
             name: "redis",
-            ledger: Arc::new(ledger.expect("a good address")),
+            ledger: stepped_ledger(&server, scripts()),
             now_us: Arc::new(AtomicU64::new(START_US)),
             redis: Some((server, client)),
         };
@@ -63,14 +53,29 @@ impl Stepped {
         stepped
     }
 
+    /// Another replica on the same Redis and the same clock; with scripts of its own when a folder is given.
+    pub fn another(&self, scripts: Option<&'static Path>) -> Arc<dyn Ledger> {
+        stepped_ledger(&self.redis.as_ref().expect("the model has one replica").0, scripts)
+    }
+
+    /// A client of the test's own on the same Redis.
+    pub fn client(&self) -> &Client {
+        &self.redis.as_ref().expect("the model has no Redis").1
+    }
+
+    /// The ledger's clock.
+    pub fn now_ms(&self) -> u64 {
+        self.now_us.load(Ordering::SeqCst) / 1000
+    }
+
     /// Lets time pass.
     pub async fn step(&self, by: Duration) {
         let now = self.now_us.fetch_add(u64::try_from(by.as_micros()).expect("short"), Ordering::SeqCst)
             + u64::try_from(by.as_micros()).expect("short");
         if let Some((_, client)) = &self.redis {
-            let _: () = client.del("test:clock").await.expect("DEL answers");
-            let words = vec![(now / 1_000_000).to_string(), (now % 1_000_000).to_string()];
-            let _: () = client.rpush("test:clock", words).await.expect("RPUSH answers");
+            // The latest reading is in front; what is behind it is never read.
+            let words = vec![(now % 1_000_000).to_string(), (now / 1_000_000).to_string()];
+            let _: () = client.lpush("test:clock", words).await.expect("LPUSH answers");
         }
     }
 
@@ -109,6 +114,17 @@ impl Stepped {
 pub fn scripts() -> Option<&'static Path> {
     static FOLDER: OnceLock<Option<PathBuf>> = OnceLock::new();
     FOLDER.get_or_init(|| std::env::var_os("SEATLOCK_TEST_SCRIPTS").map(PathBuf::from)).as_deref()
+}
+
+fn stepped_ledger(server: &RedisServer, scripts: Option<&'static Path>) -> Arc<dyn Ledger> {
+    let redis = RedisOptions {
+        url: server.url(),
+        replica: ReplicaId::generate(),
+        timeout: Duration::from_secs(5),
+        wait: 0,
+        clock: RedisClock::Stepped { scripts },
+    };
+    Arc::new(RedisLedger::connect(&redis, options()).expect("a good address"))
 }
 
 pub fn options() -> LedgerOptions {
