@@ -18,3 +18,4 @@ mod outage;
 mod rpc;
 mod support;
 mod tidy;
+mod wave;
