@@ -483,7 +483,8 @@ where
     let folder = tempfile::tempdir().expect("a temporary folder");
     let stage = runtime.block_on(Stage::new(fused(folder.path())));
     let stage = std::cell::RefCell::new(stage);
-    let config = Config { cases, max_shrink_iters: 2000, failure_persistence: None, ..Config::default() };
+    let max_shrink_iters = number("SEATLOCK_SHRINK").map_or(2000, |n| u32::try_from(n).expect("a small number"));
+    let config = Config { cases, max_shrink_iters, failure_persistence: None, ..Config::default() };
     let mut runner = TestRunner::new_with_rng(config, TestRng::from_seed(RngAlgorithm::ChaCha, &bytes));
     let histories = prop::collection::vec(act(fates), 1..60);
     let outcome = runner.run(&histories, |acts| {

@@ -5,6 +5,7 @@
 
 mod audit;
 mod config;
+mod cost;
 mod deadline;
 mod fanout;
 mod gateway;
