@@ -6,7 +6,9 @@
 -- KEYS[4] settling    zset
 -- KEYS[5] sold        zset
 -- KEYS[6] holders     hash
--- KEYS[7] lock        hash    user, category, quantity, created_ms, version, session, status; TTL key
+-- KEYS[7] lock        hash    u user, c category, q quantity, t created_ms, v version, s session, and once it ended
+--                             by a caller: status, deadline_ms, order, releaser; TTL key. There are many: short names
+--                             save 64 bytes of each
 -- KEYS[8] request     string  "lock category quantity version" of a request id; KEYS[7] again when there is none
 -- KEYS[9] rate        string  theoretical arrival time_us of the user's next try; TTL key
 -- ARGV[1] channel     text
@@ -83,8 +85,7 @@ save_held({
   generation = ARGV[12], state = 'attended',
 })
 hold(user, 1, quantity)
-redis.call('HSET', KEYS[7], 'user', user, 'category', category, 'quantity', ARGV[5], 'created_ms', int(now), 'version',
-  int(row.version), 'session', ARGV[11], 'status', 'active')
+redis.call('HSET', KEYS[7], 'u', user, 'c', category, 'q', ARGV[5], 't', int(now), 'v', int(row.version), 's', ARGV[11])
 keep(KEYS[1], KEYS[2], KEYS[6], KEYS[7])
 if ARGV[13] == '1' then
   redis.call('SET', KEYS[8], ARGV[2] .. ' ' .. category .. ' ' .. ARGV[5] .. ' ' .. int(row.version), 'PX',

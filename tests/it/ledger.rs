@@ -100,8 +100,13 @@ on_both! {
         on.ledger.accept(event(1), SnapshotNumber(1), &told).await.unwrap();
         assert_eq!(on.ledger.lock(&request(event(1), 1, 7, 1)).await.unwrap(), LockOutcome::Closed);
         assert_eq!(on.counts(event(1), 1).await.0, 0);
+        let mut wanted = request(event(1), 2, 9, 1);
+        wanted.request = Some("try-1".parse().unwrap());
+        assert!(matches!(on.ledger.lock(&wanted).await.unwrap(), LockOutcome::Granted(grant) if grant.available == 4));
         told.open = false;
         on.ledger.accept(event(1), SnapshotNumber(2), &told).await.unwrap();
+        let LockOutcome::GrantedBefore(again) = on.ledger.lock(&wanted).await.unwrap() else { panic!("a repeat") };
+        assert_eq!(again.available, 0, "what is closed is not available");
         assert_eq!(on.ledger.lock(&request(event(1), 2, 7, 1)).await.unwrap(), LockOutcome::Closed);
     }
 
