@@ -261,9 +261,11 @@ async fn view(on: &Stepped, made: &Made) -> (String, Vec<Deed>) {
     let (mut seen, mut deeds) = (String::new(), Vec::new());
     let mut active: HashMap<(u64, CategoryId), u64> = HashMap::new();
     let hour = Duration::from_hours(1);
-    let rows = join_all((1..=EVENTS).map(|e| on.ledger.availability(event(e), hour))).await;
     let places: Vec<(u64, u64)> = (1..=EVENTS).flat_map(|e| (1..=USERS).map(move |u| (e, u))).collect();
+    // The counts come last: they end what is due, and what is seen before must not need that.
     let held = join_all(places.iter().map(|&(e, u)| on.ledger.locks_in(event(e), user(u)))).await;
+    let found = join_all(made.locks.iter().map(|lock| on.ledger.find(*lock))).await;
+    let rows = join_all((1..=EVENTS).map(|e| on.ledger.availability(event(e), hour))).await;
     for ((e, u), locks) in places.into_iter().zip(held) {
         let locks = without_sessions(locks.unwrap());
         for lock in &locks {
@@ -281,7 +283,7 @@ async fn view(on: &Stepped, made: &Made) -> (String, Vec<Deed>) {
         writeln!(seen, "event {e}: {rows:?}").unwrap();
         deeds.extend(rows.map(|rows| Deed::Availability(event(e), rows)));
     }
-    for (lock, found) in made.locks.iter().zip(join_all(made.locks.iter().map(|lock| on.ledger.find(*lock))).await) {
+    for (lock, found) in made.locks.iter().zip(found) {
         let found = found.unwrap();
         writeln!(seen, "{lock}: {found:?}").unwrap();
         deeds.push(Deed::Find(*lock, found));

@@ -164,6 +164,24 @@ on_both! {
         assert!(matches!(on.ledger.lock(&limited(1, 4)).await.unwrap(), LockOutcome::Granted(_)));
     }
 
+    /// More locks run out at once than one call ends: whose lock is the last of them can lock again all the same.
+    async fn a_backlog_of_expired_locks_stands_in_nobodys_way(on: &Stepped) {
+        on.stock(event(1), &[(1, 1503, 1503)]).await;
+        let others = (100..1600).map(|user| on.grant(event(1), 1, user, 1));
+        futures_util::future::join_all(others).await;
+        on.step(MS).await;
+        let limited = || {
+            let mut wanted = request(event(1), 1, 7, 3);
+            wanted.per_event_max = Some(3);
+            wanted
+        };
+        assert!(matches!(on.ledger.lock(&limited()).await.unwrap(), LockOutcome::Granted(_)));
+        on.step(TTL).await;
+        let LockOutcome::Granted(grant) = on.ledger.lock(&limited()).await.unwrap() else { panic!("nothing is held") };
+        on.ledger.release(grant.lock, owner(7)).await.unwrap();
+        assert_eq!(on.counts(event(1), 1).await, (1503, 0, 0));
+    }
+
     /// GCRA: a burst, then one per interval; a refusal costs nothing and says when to come back.
     async fn the_rate_limit_says_when_to_come_back(on: &Stepped) {
         on.stock(event(1), &[(1, 9, 0)]).await;
