@@ -172,18 +172,17 @@ local function waiting_locks(user, category)
   return found
 end
 
--- Forgets that a confirmed lock waits for its order. True when it did.
+-- Forgets that a confirmed lock waits for its order.
 local function stop_waiting(user, category, lock)
-  local left, was = {}, false
+  local left = {}
   for _, waiting in ipairs(waiting_locks(user, category)) do
-    if waiting.lock == lock then was = true else left[#left + 1] = waiting.entry end
+    if waiting.lock ~= lock then left[#left + 1] = waiting.entry end
   end
   if #left == 0 then
     redis.call('HDEL', KEYS[6], user .. '~' .. category)
   else
     redis.call('HSET', KEYS[6], user .. '~' .. category, table.concat(left, ' '))
   end
-  return was
 end
 
 -- Marks a confirmed lock as sold now: the first snapshot with a higher number shows it.

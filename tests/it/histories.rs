@@ -123,6 +123,8 @@ fn any_fate() -> impl Strategy<Value = Fate> {
 struct Made {
     locks: Vec<LockId>,
     questions: Vec<(u64, SnapshotNumber)>,
+    /// Of each user's latest session.
+    generations: HashMap<u64, u64>,
     tries: u128,
 }
 
@@ -130,6 +132,16 @@ impl Made {
     /// The nth latest lock; one that never was when there are not so many.
     fn lock(&self, nth: usize) -> LockId {
         self.locks.iter().rev().nth(nth).copied().unwrap_or_else(|| LockId::from_random(event(1), 99))
+    }
+}
+
+/// How much time a step takes. The model forgets a generation when nothing of its user is left, which is right as long
+/// as no user comes and goes twice in a microsecond.
+fn passes(step: &Step) -> Duration {
+    match *step {
+        Step::Pass { ms } => Duration::from_millis(ms),
+        Step::Enter { .. } | Step::Leave { .. } => Duration::from_micros(10),
+        _ => Duration::ZERO,
     }
 }
 
@@ -146,6 +158,7 @@ struct Done {
     /// What later steps may name.
     lock: Option<LockId>,
     question: Option<(u64, SnapshotNumber)>,
+    generation: Option<(u64, u64)>,
 }
 
 impl Done {
@@ -162,7 +175,7 @@ impl Done {
             Some(Deed::Ask { event, answer: Some(AskOutcome::Ask(number)) }) => Some((event.value(), *number)),
             _ => None,
         };
-        Self { text, deed, failed, lock, question }
+        Self { text, deed, failed, lock, question, generation: None }
     }
 
     /// The same with its answer lost on the way.
@@ -190,6 +203,8 @@ async fn apply(ledger: &dyn Ledger, made: &Made, step: &Step) -> Done {
                 lock: LockId::from_random(event(e), made.tries << 64 | made.tries),
                 ttl: LOCK_TTL,
                 stock_age_max: STOCK_AGE,
+                session: Some(session(u, 0)),
+                generation: made.generations.get(&u).copied().unwrap_or(0),
                 request: name.map(|name| format!("try-{name}").parse().expect("a request id")),
                 rate: rated.then_some(RateLimit { interval: Duration::from_secs(20), burst: 2 }),
                 per_event_max: capped.then_some(4),
@@ -217,8 +232,9 @@ async fn apply(ledger: &dyn Ledger, made: &Made, step: &Step) -> Done {
         }
         Step::Enter { user: u, session: n } => {
             let presence = ledger.enter(user(u), session(u, n)).await;
-            let locks = presence.map(|presence| without_sessions(presence.locks));
-            Done::of(locks, |_| None)
+            let generation = presence.as_ref().ok().map(|presence| (u, presence.generation));
+            let locks = presence.map(|presence| (presence.generation, without_sessions(presence.locks)));
+            Done { generation, ..Done::of(locks, |_| None) }
         }
         Step::Leave { user: u, session: n } => {
             let left = ledger.leave(user(u), session(u, n), GRACE).await;
@@ -346,9 +362,7 @@ impl Stage {
 
     /// Does an act on Redis; every answer as text.
     async fn perform(&mut self, act: &Act) -> Vec<String> {
-        if let Step::Pass { ms } = act.step {
-            self.redis.step(Duration::from_millis(ms)).await;
-        }
+        self.redis.step(passes(&act.step)).await;
         let mut done = Vec::new();
         match act.fate {
             Fate::Answered => {}
@@ -374,6 +388,7 @@ impl Stage {
         for done in done {
             self.made.locks.extend(done.lock);
             self.made.questions.extend(done.question);
+            self.made.generations.extend(done.generation);
             answers.push(done.text.clone());
             let repeated = matches!(act.fate, Fate::Repeated) && answers.len() == 1;
             self.note(if repeated { done.lost().deed } else { done.deed });
@@ -405,9 +420,7 @@ async fn agree(stage: &mut Stage, acts: &[Act]) -> Result<(), TestCaseError> {
     }
     for (at, act) in acts.iter().enumerate() {
         let mut made = stage.made.clone();
-        if let Step::Pass { ms } = act.step {
-            memory.step(Duration::from_millis(ms)).await;
-        }
+        memory.step(passes(&act.step)).await;
         let mut model = Vec::new();
         if matches!(act.fate, Fate::Repeated) {
             model.push(apply(memory.ledger.as_ref(), &made, &act.step).await.text);

@@ -4,7 +4,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
 
 use fred::clients::Client;
-use fred::interfaces::{ListInterface, LuaInterface};
+use fred::interfaces::{KeysInterface, ListInterface, LuaInterface, SortedSetsInterface};
 use fred::types::Value;
 use seatlock::ledger::Script;
 
@@ -63,6 +63,13 @@ impl Bench {
         let keys: Vec<&str> = six.into_iter().chain(keys.iter().copied()).collect();
         let args: Vec<&str> = std::iter::once("news").chain(args.iter().copied()).collect();
         self.alone(name, &keys, &args).await
+    }
+
+    async fn every_key_ends(&self) {
+        for key in self.server.keys().await.iter().filter(|key| *key != "test:clock") {
+            let left = self.server.pttl(key).await;
+            assert!(left > 0, "{key} lives for ever ({left})");
+        }
     }
 
     async fn stock(&self, categories: &[&str]) {
@@ -177,9 +184,9 @@ async fn every_documented_reply_is_reached() {
     assert_eq!(on.alone("bury", &["ended", "holders", "lock-5"], &["lock-5|1|1|11"]).await, ["buried"]);
     assert_eq!(on.alone("tally", &["counts", "deadlines"], &[]).await[0], "tally");
 
-    assert_eq!(on.alone("touch", &["due", "events"], &["1", "1000"]).await, ["touched"]);
-    assert_eq!(on.alone("due", &["due"], &["64", "1000"]).await[..2], ["due", "1000"]);
-    on.pass(1000).await;
+    assert_eq!(on.alone("touch", &["due", "events"], &["1", "700"]).await, ["touched"]);
+    assert_eq!(on.alone("due", &["due"], &["64", "1000"]).await[..2], ["due", "700"]);
+    on.pass(700).await;
     let due = on.alone("due", &["due"], &["64", "1000"]).await;
     assert_eq!(due[3..], ["1"]);
     let plan = async || on.alone("plan", &["due", "events"], &["1", "-1", &due[2], "1000"]).await;
@@ -223,10 +230,85 @@ async fn every_key_has_a_lifetime() {
         ["counts", "ended", "settling", "sold", "holders"].iter().all(|key| keys.iter().any(|k| k == key)),
         "{keys:?}"
     );
-    for key in keys.iter().filter(|key| *key != "test:clock") {
+    on.every_key_ends().await;
+}
+
+/// The same where an order is covered by its lock, so that only the marks are written.
+#[tokio::test]
+async fn every_key_of_a_covered_order_has_a_lifetime() {
+    let on = Bench::new().await;
+    on.stock(&["1", "9", "9", "1"]).await;
+    on.lock("lock-1", "7", "1", "1").await;
+    on.confirm("lock-1", "7", "A").await;
+    on.order("A", "7", "1", "completed").await;
+    assert!(on.server.keys().await.iter().any(|key| key == "sold"));
+    on.every_key_ends().await;
+}
+
+/// A question that is never answered leaves nothing behind, and each answer is kept as long as the one before.
+#[tokio::test]
+async fn questions_and_answers_have_a_lifetime() {
+    let on = Bench::new().await;
+    let number = on.event("ask", &[], &["0"]).await[1].clone();
+    on.every_key_ends().await;
+    assert!(on.client.persist::<bool, _>("counts").await.expect("PERSIST answers"));
+    on.event("accept", &[], &[&number, "1", "9", "9", "1"]).await;
+    on.every_key_ends().await;
+}
+
+/// Locks and their tombstones live as long as they answer for themselves.
+#[tokio::test]
+async fn every_tombstone_has_its_own_lifetime() {
+    let on = Bench::new().await;
+    on.stock(&["1", "9", "9", "1"]).await;
+    let lives = async |key: &str, hours: f64| {
         let left = on.server.pttl(key).await;
-        assert!(left > 0, "{key} lives for ever ({left})");
+        #[expect(clippy::cast_possible_truncation, reason = "whole milliseconds of a day")]
+        let wanted = (hours * 3_600_000.0) as i64;
+        assert!((wanted - 60_000..=wanted).contains(&left), "{key} lives for {left} ms");
+    };
+    for (lock, user) in [("lock-1", "7"), ("lock-2", "8"), ("lock-3", "9")] {
+        on.lock(lock, user, "1", "1").await;
     }
+    on.confirm("lock-1", "7", "A").await;
+    on.release("lock-2", "owner", "8").await;
+    on.order("A", "7", "1", "completed").await;
+    lives("lock-1", 24.0).await;
+    lives("lock-2", 1.0 / 6.0).await;
+    lives("lock-3", 25.0).await;
+    lives("order-A", 24.0).await;
+    lives("counts", 25.0).await;
+}
+
+/// A user's index forgets an event a minute after the last try there, a fleet a replica with its lease.
+#[tokio::test]
+async fn indexes_forget_in_time() {
+    let on = Bench::new().await;
+    on.alone("visit", &["visited"], &["1"]).await;
+    on.pass(59_000).await;
+    on.alone("forget", &["visited"], &["1"]).await;
+    assert!(on.server.keys().await.contains(&"visited".to_owned()), "a lock may be on its way");
+    on.pass(2000).await;
+    on.alone("forget", &["visited"], &["1"]).await;
+    assert!(!on.server.keys().await.contains(&"visited".to_owned()));
+
+    let beat = async |replica: &str, lease: &str, report: &str| {
+        let mut told = on.alone("beat", &["leases", "reports", "events"], &[replica, lease, report]).await;
+        told[1..].sort();
+        told
+    };
+    on.alone("touch", &["due", "events"], &["1", "1000"]).await;
+    beat("r", "5000", "1 2").await;
+    on.pass(4999).await;
+    assert_eq!(beat("s", "5000", "3 4").await, ["alive", "1 2", "3 4"]);
+    on.pass(1).await;
+    assert_eq!(beat("s", "5000", "5 6").await, ["alive", "5 6"], "the lease of r has run out");
+    assert_eq!(on.client.zcard::<u64, _>("leases").await.expect("ZCARD answers"), 1);
+    assert_eq!(beat("s", "0", "").await, ["alive"], "given back");
+    assert!(on.server.keys().await.contains(&"events".to_owned()));
+    on.pass(25 * 3_600_000).await;
+    beat("s", "5000", "5 6").await;
+    assert!(!on.server.keys().await.contains(&"events".to_owned()), "untouched for a day");
 }
 
 /// A script that Redis has forgotten (SCRIPT FLUSH, failover) is sent again by the ledger.

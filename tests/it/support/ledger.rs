@@ -49,7 +49,7 @@ impl Stepped {
             now_us: Arc::new(AtomicU64::new(START_US)),
             redis: Some((server, client)),
         };
-        stepped.step(Duration::ZERO).await;
+        stepped.tell_clock(START_US).await;
         stepped
     }
 
@@ -70,8 +70,15 @@ impl Stepped {
 
     /// Lets time pass.
     pub async fn step(&self, by: Duration) {
+        if by.is_zero() {
+            return;
+        }
         let now = self.now_us.fetch_add(u64::try_from(by.as_micros()).expect("short"), Ordering::SeqCst)
             + u64::try_from(by.as_micros()).expect("short");
+        self.tell_clock(now).await;
+    }
+
+    async fn tell_clock(&self, now: u64) {
         if let Some((_, client)) = &self.redis {
             // The latest reading is in front; what is behind it is never read.
             let words = vec![(now % 1_000_000).to_string(), (now / 1_000_000).to_string()];
@@ -85,7 +92,7 @@ impl Stepped {
         if let Some((_, client)) = &self.redis {
             let _: () = client.flushall(false).await.expect("FLUSHALL answers");
         }
-        self.step(Duration::ZERO).await;
+        self.tell_clock(START_US).await;
     }
 
     /// Hands in a fresh snapshot: (category, total, stock).
