@@ -18,7 +18,8 @@ use crate::support::say;
 const FEW: u64 = 10;
 const MANY: u64 = 100_000;
 
-/// Bytes of Redis for each active lock, with everything that makes it findable.
+/// Bytes of Redis for each active lock of a user who has no other, with everything that makes it findable. Where they
+/// go is in `lua/README.md`.
 const BYTES_MAX: u64 = 850;
 
 async fn info(client: &Client, kind: InfoKind, field: &str) -> String {

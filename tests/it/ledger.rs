@@ -65,6 +65,8 @@ on_both! {
         on.stock(event(1), &[(1, 10, 10)]).await;
         on.step(Duration::from_mins(10)).await;
         assert!(matches!(on.ledger.lock(&wanted).await.unwrap(), LockOutcome::Granted(_)));
+        assert!(on.ledger.availability(event(1), Duration::from_mins(10)).await.unwrap().is_some());
+        assert_eq!(on.ledger.availability(event(1), Duration::from_mins(10) - MS).await.unwrap(), None);
         on.step(MS).await;
         assert_eq!(on.ledger.lock(&request(event(1), 1, 8, 1)).await.unwrap(), LockOutcome::StockUnknown);
     }
@@ -359,6 +361,12 @@ on_both! {
             on.ledger.sweep().await.unwrap();
             on.ledger.sweep().await.unwrap();
         }
+        // Whoever locks for less than the warning is not warned: it would come with the grant.
+        on.ledger.subscribe(Topic::User(user(9))).await.unwrap();
+        let mut short = request(event(1), 1, 9, 1);
+        short.ttl = WARNING / 2;
+        on.ledger.lock(&short).await.unwrap();
+        on.ledger.sweep().await.unwrap();
         // What is told last shows that nothing more comes.
         let (lock, category, quantity) = (LockId::generate(event(1)), category(1), quantity(1));
         on.ledger.tell(user(8), &Personal::Expired { lock, category, quantity }).await.unwrap();
@@ -501,6 +509,17 @@ on_both! {
                 other => panic!("{other:?}"),
             }
         }
+    }
+
+    /// An order that is reported again does not take the lock that its buyer has made since.
+    async fn a_repeated_report_claims_nothing(on: &Stepped) {
+        on.stock(event(1), &[(1, 9, 9)]).await;
+        let completed = report(event(1), "5", 1, 7, 2, OrderResult::Completed);
+        on.ledger.order(&completed).await.unwrap();
+        let next = on.grant(event(1), 1, 7, 2).await;
+        on.ledger.validate(&validate(7, 1, 2)).await.unwrap();
+        assert_eq!(on.ledger.order(&completed).await.unwrap(), OrderOutcome::Repeated);
+        assert_eq!(on.ledger.find(next).await.unwrap().unwrap().status, LockStatus::Active);
     }
 
     /// Cancelled orders: never completed, completed and undone, and completed after cancelled.

@@ -164,6 +164,7 @@ async fn every_documented_reply_is_reached() {
     on.event("validate", &[], &["8", "1", "1", "60000"]).await;
     assert_eq!(on.order("C", "8", "1", "completed").await, ["confirm_first", "lock-2"]);
     on.lock("lock-3", "9", "1", "1").await;
+    assert_eq!(on.event("abandon", &[], &["9", "1", "300000"]).await, ["abandoned", "1", "1"]);
     assert_eq!(on.order("D", "9", "1", "completed").await, ["noted"]);
     assert_eq!(on.confirm("lock-3", "9", "D").await, "confirmed_reported");
     on.lock("lock-4", "10", "1", "1").await;
@@ -190,16 +191,31 @@ async fn every_documented_reply_is_reached() {
     let due = on.alone("due", &["due"], &["64", "1000"]).await;
     assert_eq!(due[3..], ["1"]);
     let plan = async || on.alone("plan", &["due", "events"], &["1", "-1", &due[2], "1000"]).await;
+    let looks_in = async || {
+        let at: Option<f64> = on.client.zscore("due", "1").await.expect("ZSCORE answers");
+        #[expect(clippy::cast_possible_truncation, reason = "whole milliseconds")]
+        let ms = at.expect("in the index") as i64;
+        ms - i64::try_from(on.now_ms.get()).expect("before the year 292000000")
+    };
+    assert_eq!(looks_in().await, 1000, "claimed");
     assert_eq!(plan().await, ["planned", "5000"], "touched a moment ago: a lock may be on its way");
+    assert_eq!(looks_in().await, 5000);
+    on.alone("touch", &["due", "events"], &["1", "40"]).await;
+    plan().await;
+    assert_eq!(looks_in().await, 40, "never later than what was touched since");
     on.alone("touch", &["due", "events"], &["1", "1000"]).await;
     assert_eq!(plan().await, ["planned", "100"], "touched since it was claimed");
     on.pass(60_001).await;
     assert_eq!(plan().await, ["dropped"]);
     assert_eq!(on.alone("visit", &["visited"], &["1"]).await, ["visited"]);
     assert_eq!(on.alone("forget", &["visited"], &["1"]).await, ["forgotten"]);
-    assert_eq!(on.alone("enter", &["sessions"], &["s", "r"]).await[0], "entered");
+    let entered = on.alone("enter", &["sessions"], &["s", "r"]).await;
+    assert_eq!((entered[0].as_str(), &entered[1]), ("entered", &(on.now_ms.get() * 1000).to_string()));
     let left = on.alone("leave", &["sessions"], &["s"]).await;
     assert_eq!((left[0].as_str(), left[2].as_str()), ("left", "0"));
+    assert_eq!(left[1], (on.now_ms.get() * 1000 + 1).to_string(), "rises within a microsecond");
+    let forgotten = on.alone("leave", &["forgotten"], &["s"]).await;
+    assert_eq!(forgotten[1], (on.now_ms.get() * 1000).to_string(), "rises also when Redis has lost what was before");
     assert_eq!(on.alone("beat", &["leases", "reports", "events"], &["r", "5000", "1 2"]).await, ["alive", "1 2"]);
 
     let seen = on.seen.borrow();
@@ -291,6 +307,11 @@ async fn indexes_forget_in_time() {
     on.pass(2000).await;
     on.alone("forget", &["visited"], &["1"]).await;
     assert!(!on.server.keys().await.contains(&"visited".to_owned()));
+
+    for event in 1..=1003 {
+        on.alone("visit", &["visited"], &[&event.to_string()]).await;
+    }
+    assert_eq!(on.client.zcard::<u64, _>("visited").await.expect("ZCARD answers"), 1000, "the latest");
 
     let beat = async |replica: &str, lease: &str, report: &str| {
         let mut told = on.alone("beat", &["leases", "reports", "events"], &[replica, lease, report]).await;
