@@ -113,37 +113,63 @@ local function write_lock(row, held, session)
   redis.call('ZADD', KEYS[2], int(held.full), member_of(held.lock, held.category, int(held.quantity), held.user))
   save_held(held)
   hold(held.user, 1, held.quantity)
-  redis.call('HSET', KEYS[7], 'user', held.user, 'category', held.category, 'quantity', int(held.quantity), 'created_ms',
-    held.created, 'version', int(row.version), 'session', session, 'status', 'active')
+  redis.call('HSET', KEYS[7], 'u', held.user, 'c', held.category, 'q', int(held.quantity), 't', held.created, 'v',
+    int(row.version), 's', session)
   keep(KEYS[1], KEYS[2], KEYS[6], KEYS[7])
 end
 
--- Ends at most BATCH locks whose deadline has passed; returns how many.
+-- Ends at most BATCH locks whose deadline has passed; returns how many. What is read or written of all of them is one
+-- command each: a call out of Lua costs several times the work behind it.
 local function expire_due()
   local due = redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', int(now), 'WITHSCORES', 'LIMIT', 0, BATCH)
-  local rows, changes, count = {}, {}, #due / 2
-  for i = 1, #due, 2 do
-    local lock, category, quantity, user = string.match(due[i], '^([^|]+)|(%d+)|(%d+)|(%d+)$')
-    local holder = redis.call('HGET', KEYS[6], user .. ':' .. category) or ''
-    local reason = string.sub(holder, -9) == 'abandoned' and 'abandoned' or 'expired'
+  local count = #due / 2
+  if count == 0 then return 0 end
+  local locks, fields, ended = {}, {}, {}
+  for i = 1, count do
+    local member = due[2 * i - 1]
+    local lock, category, quantity, user = string.match(member, '^([^|]+)|(%d+)|(%d+)|(%d+)$')
+    locks[i] = { lock = lock, category = category, quantity = quantity, user = user }
+    fields[2 * i - 1], fields[2 * i] = user .. ':' .. category, user
+    ended[2 * i - 1], ended[2 * i] = due[2 * i], member
+  end
+  local held, holders, rows = redis.call('HMGET', KEYS[6], unpack(fields)), {}, {}
+  for i, lock in ipairs(locks) do
+    local category, quantity, user = lock.category, lock.quantity, lock.user
+    local reason = string.sub(held[2 * i - 1] or '', -9) == 'abandoned' and 'abandoned' or 'expired'
     local row = rows[category] or load(category)
     if row then
+      rows[category], row.changes = row, row.changes or {}
       row.active = math.max(0, row.active - quantity)
-      rows[category] = row
-      changes[category] = (changes[category] or '') .. ' ' .. reason .. ':' .. quantity .. ':' .. user
+      row.changes[#row.changes + 1] = ' ' .. reason .. ':' .. quantity .. ':' .. user
     end
-    redis.call('ZREM', KEYS[2], due[i])
-    redis.call('ZADD', KEYS[3], due[i + 1], due[i])
-    hold(user, -1, -quantity)
-    tell(user, 'expired ' .. lock .. ' ' .. category .. ' ' .. quantity)
+    local holder = holders[user]
+    if not holder then
+      local active, tickets = string.match(held[2 * i] or '0 0', '^(%d+) (%d+)$')
+      holder = { before = tonumber(active), active = tonumber(active), tickets = tonumber(tickets) }
+      holders[user] = holder
+    end
+    holder.active, holder.tickets = math.max(0, holder.active - 1), math.max(0, holder.tickets - quantity)
+    tell(user, 'expired ' .. lock.lock .. ' ' .. category .. ' ' .. quantity)
   end
-  for category, row in pairs(rows) do
-    save(row, changes[category])
+  local kept, gone, fewer = {}, {}, 0
+  for user, holder in pairs(holders) do
+    if holder.active == 0 and holder.tickets == 0 then
+      gone[#gone + 1] = user
+    else
+      kept[#kept + 1], kept[#kept + 2] = user, int(holder.active) .. ' ' .. int(holder.tickets)
+    end
+    if holder.before > 0 and holder.active == 0 then fewer = fewer + 1 end
   end
-  if count > 0 then
-    redis.call('HINCRBY', KEYS[1], '#expired', count)
-    keep(KEYS[1], KEYS[3])
+  if #gone > 0 then redis.call('HDEL', KEYS[6], unpack(gone)) end
+  if #kept > 0 then redis.call('HSET', KEYS[6], unpack(kept)) end
+  redis.call('ZREMRANGEBYRANK', KEYS[2], 0, count - 1)
+  redis.call('ZADD', KEYS[3], unpack(ended))
+  if fewer > 0 then redis.call('HINCRBY', KEYS[1], '#users', -fewer) end
+  redis.call('HINCRBY', KEYS[1], '#expired', count)
+  for _, row in pairs(rows) do
+    save(row, table.concat(row.changes))
   end
+  keep(KEYS[1], KEYS[3])
   return count
 end
 
@@ -157,18 +183,17 @@ local function waiting_locks(user, category)
   return found
 end
 
--- Forgets that a confirmed lock waits for its order. True when it did.
+-- Forgets that a confirmed lock waits for its order.
 local function stop_waiting(user, category, lock)
-  local left, was = {}, false
+  local left = {}
   for _, waiting in ipairs(waiting_locks(user, category)) do
-    if waiting.lock == lock then was = true else left[#left + 1] = waiting.entry end
+    if waiting.lock ~= lock then left[#left + 1] = waiting.entry end
   end
   if #left == 0 then
     redis.call('HDEL', KEYS[6], user .. '~' .. category)
   else
     redis.call('HSET', KEYS[6], user .. '~' .. category, table.concat(left, ' '))
   end
-  return was
 end
 
 -- A confirmed lock begins to wait for the report of its order.

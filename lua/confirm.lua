@@ -23,7 +23,7 @@
 -- COST O(log n) in active locks of the event; 5 reads, 9 writes, 2 publishes.
 
 expire_due()
-local lock = redis.call('HMGET', KEYS[7], 'user', 'category', 'quantity', 'status', 'order')
+local lock = redis.call('HMGET', KEYS[7], 'u', 'c', 'q', 'status', 'order')
 local user, category, quantity, status, order = lock[1], lock[2], lock[3], lock[4], lock[5]
 if not user then return {'not_found'} end
 if ARGV[3] ~= '' and ARGV[3] ~= user then return {'wrong_user'} end

@@ -16,11 +16,11 @@
 --
 -- COST O(1); 1 to 3 reads.
 
-local lock = redis.call('HMGET', KEYS[7], 'user', 'category', 'quantity', 'created_ms', 'version', 'session', 'status',
-  'deadline_ms', 'order')
+local lock = redis.call('HMGET', KEYS[7], 'u', 'c', 'q', 't', 'v', 's', 'status', 'deadline_ms', 'order')
 local user, category, quantity, status, deadline = lock[1], lock[2], lock[3], lock[7], lock[8]
 if not user then return {'not_found'} end
-if status == 'active' then
+if not status then
+  status = 'active'
   local member = member_of(ARGV[2], category, quantity, user)
   deadline = redis.call('ZSCORE', KEYS[2], member)
   if not deadline or tonumber(deadline) <= now then

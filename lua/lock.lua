@@ -6,7 +6,9 @@
 -- KEYS[4] settling    zset
 -- KEYS[5] sold        zset
 -- KEYS[6] holders     hash
--- KEYS[7] lock        hash    user, category, quantity, created_ms, version, session, status; TTL key
+-- KEYS[7] lock        hash    u user, c category, q quantity, t created_ms, v version, s session, and once it ended
+--                             by a caller: status, deadline_ms, order, releaser; TTL key. There are many: short names
+--                             save 64 bytes of each
 -- KEYS[8] request     string  "lock category quantity version" of a request id; KEYS[7] again when there is none
 -- KEYS[9] rate        string  theoretical arrival time_us of the user's next try; TTL key
 -- ARGV[1] channel     text
@@ -67,9 +69,15 @@ if not row then return {'category_not_found'} end
 if row.open == '0' then return {'closed'} end
 local held = held_lock(user, category)
 if held and held.active then return {'already_locked', held.lock} end
-local tickets = tonumber(string.match(redis.call('HGET', KEYS[6], user) or '0 0', '%d+$'))
+-- More may be due than one call ends; what has expired neither fills a user's limit nor the category.
+local function held_tickets()
+  return tonumber(string.match(redis.call('HGET', KEYS[6], user) or '0 0', '%d+$'))
+end
 local held_max = tonumber(ARGV[8])
-if held_max > 0 and tickets + quantity > held_max then return {'limit_exceeded', tickets} end
+if held_max > 0 then
+  while held_tickets() + quantity > held_max and expire_due() > 0 do row = load(category) end
+  if held_tickets() + quantity > held_max then return {'limit_exceeded', held_tickets()} end
+end
 while available(row) < quantity and expire_due() > 0 do row = load(category) end
 if available(row) < quantity then
   if available(row) == 0 and row.active + row.settling == 0 then return {'sold_out'} end

@@ -21,8 +21,7 @@
 -- COST O(log n) in active locks of the event; 4 reads, 6 writes, 2 publishes.
 
 expire_due()
-local lock = redis.call('HMGET', KEYS[7], 'user', 'category', 'quantity', 'status', 'created_ms', 'deadline_ms', 'session',
-  'releaser', 'order')
+local lock = redis.call('HMGET', KEYS[7], 'u', 'c', 'q', 'status', 't', 'deadline_ms', 's', 'releaser', 'order')
 local user, category, quantity, status = lock[1], lock[2], lock[3], lock[4]
 if not user then return {'not_found'} end
 if ARGV[4] ~= '' and ARGV[4] ~= user then return {'wrong_user'} end

@@ -50,8 +50,8 @@ if state == 'confirmed' then
   save(row, '')
   settle(id, category, quantity, user, ARGV[12], ARGV[13])
   hold(user, 0, quantity)
-  redis.call('HSET', KEYS[7], 'user', user, 'category', category, 'quantity', ARGV[5], 'created_ms', ARGV[6], 'version',
-    int(row.version), 'session', ARGV[9], 'status', 'confirmed', 'order', ARGV[12], 'deadline_ms', ARGV[7])
+  redis.call('HSET', KEYS[7], 'u', user, 'c', category, 'q', ARGV[5], 't', ARGV[6], 'v', int(row.version), 's', ARGV[9],
+    'status', 'confirmed', 'order', ARGV[12], 'deadline_ms', ARGV[7])
   redis.call('PEXPIRE', KEYS[7], CONFIRMED_MS)
   keep(KEYS[1], KEYS[4], KEYS[6])
   local reported = ARGV[12] ~= '' and redis.call('EXISTS', KEYS[9]) == 1

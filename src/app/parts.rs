@@ -58,7 +58,8 @@ pub(super) fn ledger(config: &Config, replica: ReplicaId) -> Result<Arc<dyn Ledg
     };
     let ledger = RedisLedger::connect(&redis, options).map_err(|error| {
         let setting = match &error {
-            RedisSettingError::Url => "SEATLOCK_REDIS_URL",
+            // No setting leads to the stepped clock.
+            RedisSettingError::Url | RedisSettingError::Scripts(_) => "SEATLOCK_REDIS_URL",
             RedisSettingError::CaFile { .. } => "SEATLOCK_REDIS_CA_FILE",
         };
         StartError::Setting { setting, why: error.to_string() }

@@ -32,7 +32,7 @@ use self::cluster::Route;
 use self::link::Link;
 use self::sentinel::Sentinels;
 use super::redis::{RedisClock, RedisSettingError};
-use super::script::Script;
+use super::script::{Script, SteppedScripts};
 use super::{LedgerError, key};
 use crate::metrics;
 
@@ -69,7 +69,8 @@ pub(super) struct DriverOptions {
 pub(super) struct Driver {
     config: Config,
     timeout: Duration,
-    clock: RedisClock,
+    /// The scripts' texts on [`RedisClock::Stepped`].
+    stepped: Option<SteppedScripts>,
     probe: String,
     /// Whether this is a cluster: changes go by sharded pub/sub there.
     clustered: bool,
@@ -109,6 +110,13 @@ impl Driver {
             Some(path) => format!("redis+unix://{path}"),
             None => options.url,
         };
+        let stepped = match options.clock {
+            RedisClock::Server => None,
+            RedisClock::Stepped { scripts } => {
+                let unread = |error: std::io::Error| RedisSettingError::Scripts(error.to_string());
+                Some(SteppedScripts::read(scripts).map_err(unread)?)
+            }
+        };
         let mut config = Config::from_url(&url).map_err(|_| RedisSettingError::Url)?;
         config.version = RespVersion::RESP3;
         if let Some(file) = options.ca_file {
@@ -123,7 +131,7 @@ impl Driver {
         let driver = Arc::new(Self {
             config,
             timeout: options.timeout,
-            clock: options.clock,
+            stepped,
             probe: options.probe,
             clustered: seeds.is_some(),
             route: watch::Sender::new(Arc::default()),
@@ -163,10 +171,10 @@ impl Driver {
             .call(script.name, &first, |client| {
                 let (keys, args) = (keys.clone(), args.clone());
                 async move {
-                    let (text, sha) = match self.clock {
-                        RedisClock::Stepped => return client.eval(script.on_stepped_clock(), keys, args).await,
-                        RedisClock::Server if self.clustered => script.on_cluster(),
-                        RedisClock::Server => (script.source, script.sha()),
+                    let (text, sha) = match &self.stepped {
+                        Some(stepped) => stepped.named(script),
+                        None if self.clustered => script.on_cluster(),
+                        None => (script.source, script.sha()),
                     };
                     match client.evalsha(sha, keys.clone(), args.clone()).await {
                         Err(error) if error.details().starts_with("NOSCRIPT") => client.eval(text, keys, args).await,

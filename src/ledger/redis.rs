@@ -1,6 +1,6 @@
 //! The ledger of a fleet: TTL keys in Redis, one script for each transition.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -76,6 +76,9 @@ pub enum RedisSettingError {
         /// What is wrong with it.
         why: String,
     },
+    /// The folder of the stepped clock's scripts; says what the system said.
+    #[error("the scripts of the stepped clock: {0}")]
+    Scripts(String),
 }
 
 /// Where scripts read the time.
@@ -86,7 +89,10 @@ pub enum RedisClock {
     Server,
     /// From the list `test:clock`, seconds and microseconds, so that tests can step it. Never in production: two
     /// replicas that disagree about the clock disagree about deadlines.
-    Stepped,
+    Stepped {
+        /// Where the scripts' texts are read from instead of the compiled-in ones, so that tests can run changed ones.
+        scripts: Option<&'static Path>,
+    },
 }
 
 /// See the module.

@@ -1,6 +1,12 @@
 //! The scripts: one file of `lua/` for each transition, compiled in.
 
+use std::collections::HashMap;
+use std::io;
+use std::path::Path;
 use std::sync::OnceLock;
+
+/// What the scripts about one event share.
+const PRELUDE: &str = include_str!("../../lua/_prelude.lua");
 
 /// How many keys or arguments a script takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -56,9 +62,41 @@ impl Script {
         (text, sha)
     }
 
-    /// The same script on the clock of [`super::RedisClock::Stepped`].
-    pub(super) fn on_stepped_clock(&self) -> String {
-        self.source.replace("redis.call('TIME')", "redis.call('LRANGE', 'test:clock', 0, 1)")
+    /// The text for [`super::RedisClock::Stepped`]: it reads the time from a list that tests step, and it is taken from
+    /// `folder` instead of the compiled-in text when one is given.
+    ///
+    /// # Errors
+    /// When the folder does not have the script's file.
+    pub fn on_stepped_clock(&self, folder: Option<&Path>) -> io::Result<String> {
+        let read = |folder: &Path, name: &str| std::fs::read_to_string(folder.join(name).with_extension("lua"));
+        let source = match folder {
+            None => self.source.to_owned(),
+            Some(folder) if self.source.starts_with(PRELUDE) => {
+                read(folder, "_prelude")? + "\n" + &read(folder, self.name)?
+            }
+            Some(folder) => read(folder, self.name)?,
+        };
+        Ok(source.replace("redis.call('TIME')", "redis.call('LRANGE', 'test:clock', 0, 1)"))
+    }
+}
+
+/// The scripts as a ledger on a stepped clock sends them, by name.
+pub(super) struct SteppedScripts(HashMap<&'static str, (String, String)>);
+
+impl SteppedScripts {
+    /// Every script, from `folder` when one is given.
+    pub(super) fn read(folder: Option<&Path>) -> io::Result<Self> {
+        let read = |script: &&'static Script| {
+            let text = script.on_stepped_clock(folder)?;
+            let sha = super::driver::sha1(&text);
+            Ok((script.name, (text, sha)))
+        };
+        Script::ALL.iter().map(read).collect::<io::Result<_>>().map(Self)
+    }
+
+    /// A script's text and SHA-1.
+    pub(super) fn named(&self, script: &Script) -> (&str, &str) {
+        self.0.get(script.name).map_or((script.source, ""), |(text, sha)| (text, sha))
     }
 }
 

@@ -9,6 +9,10 @@ use tokio_util::sync::CancellationToken;
 use super::Ledger;
 use crate::domain::EventId;
 
+/// Between two sweeps when the first ended as much as one may: a wave of expiries is told as fast as it can be. Redis
+/// answers everybody else between any two calls.
+const PAUSE_WAVE: Duration = Duration::from_millis(1);
+
 /// Between two sweeps when something is due at once: room for everybody else.
 const PAUSE_MIN: Duration = Duration::from_millis(5);
 
@@ -44,7 +48,8 @@ impl Sweeper {
                     for event in swept.refresh {
                         (self.refresh)(event);
                     }
-                    swept.next.unwrap_or(PAUSE_MAX).clamp(PAUSE_MIN, PAUSE_MAX)
+                    let least = if swept.expired > 0 { PAUSE_WAVE } else { PAUSE_MIN };
+                    swept.next.unwrap_or(PAUSE_MAX).clamp(least, PAUSE_MAX)
                 }
                 Err(error) => {
                     if !failing {

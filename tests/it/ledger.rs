@@ -84,6 +84,8 @@ on_both! {
         on.stock(event(1), &[(1, 10, 10)]).await;
         on.step(Duration::from_mins(10)).await;
         assert!(matches!(on.ledger.lock(&wanted).await.unwrap(), LockOutcome::Granted(_)));
+        assert!(on.ledger.availability(event(1), Duration::from_mins(10)).await.unwrap().is_some());
+        assert_eq!(on.ledger.availability(event(1), Duration::from_mins(10) - MS).await.unwrap(), None);
         on.step(MS).await;
         assert_eq!(on.ledger.lock(&request(event(1), 1, 8, 1)).await.unwrap(), LockOutcome::StockUnknown);
     }
@@ -119,8 +121,13 @@ on_both! {
         on.ledger.accept(event(1), SnapshotNumber(1), &told).await.unwrap();
         assert_eq!(on.ledger.lock(&request(event(1), 1, 7, 1)).await.unwrap(), LockOutcome::Closed);
         assert_eq!(on.counts(event(1), 1).await.0, 0);
+        let mut wanted = request(event(1), 2, 9, 1);
+        wanted.request = Some("try-1".parse().unwrap());
+        assert!(matches!(on.ledger.lock(&wanted).await.unwrap(), LockOutcome::Granted(grant) if grant.available == 4));
         told.open = false;
         on.ledger.accept(event(1), SnapshotNumber(2), &told).await.unwrap();
+        let LockOutcome::GrantedBefore(again) = on.ledger.lock(&wanted).await.unwrap() else { panic!("a repeat") };
+        assert_eq!(again.available, 0, "what is closed is not available");
         assert_eq!(on.ledger.lock(&request(event(1), 2, 7, 1)).await.unwrap(), LockOutcome::Closed);
     }
 
@@ -176,6 +183,72 @@ on_both! {
         on.ledger.release(second.lock, owner(7)).await.unwrap();
         on.ledger.release(first.lock, ORDERS).await.unwrap();
         assert!(matches!(on.ledger.lock(&limited(1, 4)).await.unwrap(), LockOutcome::Granted(_)));
+    }
+
+    /// What runs out leaves the limit, what was confirmed stays in it.
+    async fn an_expired_lock_leaves_the_limit_and_a_sale_does_not(on: &Stepped) {
+        on.stock(event(1), &[(1, 9, 9), (2, 9, 9)]).await;
+        let sold = on.grant(event(1), 1, 7, 3).await;
+        on.ledger.confirm(sold, None, None).await.unwrap();
+        on.grant(event(1), 2, 7, 1).await;
+        on.step(TTL).await;
+        let mut wanted = request(event(1), 2, 7, 2);
+        wanted.per_event_max = Some(4);
+        assert_eq!(on.ledger.lock(&wanted).await.unwrap(), LockOutcome::LimitExceeded { held: 3 });
+        wanted.quantity = quantity(1);
+        assert!(matches!(on.ledger.lock(&wanted).await.unwrap(), LockOutcome::Granted(_)));
+    }
+
+    /// Two sales of one user wait for their orders; what becomes of one leaves the other waiting.
+    async fn two_sales_wait_for_their_orders(on: &Stepped) {
+        on.stock(event(1), &[(1, 9, 9)]).await;
+        let mut sold = Vec::new();
+        for n in 1..=3 {
+            let lock = on.grant(event(1), 1, 7, n).await;
+            on.ledger.confirm(lock, None, None).await.unwrap();
+            sold.push(lock);
+        }
+        assert_eq!(on.counts(event(1), 1).await, (3, 0, 6));
+        assert!(matches!(on.ledger.release(sold[0], ORDERS).await.unwrap(), ReleaseOutcome::Released(_)));
+        assert_eq!(on.counts(event(1), 1).await, (4, 0, 5));
+        on.ledger.order(&report(event(1), "A", 1, 7, 3, OrderResult::Completed)).await.unwrap();
+        assert_eq!(on.counts(event(1), 1).await, (4, 0, 5), "the lock of three was the order's");
+        on.stock(event(1), &[(1, 9, 6)]).await;
+        assert_eq!(on.counts(event(1), 1).await, (4, 0, 2));
+        on.ledger.order(&report(event(1), "B", 1, 7, 2, OrderResult::Completed)).await.unwrap();
+        assert_eq!(on.counts(event(1), 1).await, (4, 0, 2));
+        on.stock(event(1), &[(1, 9, 4)]).await;
+        assert_eq!(on.counts(event(1), 1).await, (4, 0, 0));
+    }
+
+    /// More locks run out at once than one call ends: whose lock is the last of them can lock again all the same.
+    async fn a_backlog_of_expired_locks_stands_in_nobodys_way(on: &Stepped) {
+        on.stock(event(1), &[(1, 1503, 1503)]).await;
+        let others = (100..1600).map(|user| on.grant(event(1), 1, user, 1));
+        futures_util::future::join_all(others).await;
+        on.step(MS).await;
+        let limited = || {
+            let mut wanted = request(event(1), 1, 7, 3);
+            wanted.per_event_max = Some(3);
+            wanted
+        };
+        assert!(matches!(on.ledger.lock(&limited()).await.unwrap(), LockOutcome::Granted(_)));
+        on.step(TTL).await;
+        let LockOutcome::Granted(grant) = on.ledger.lock(&limited()).await.unwrap() else { panic!("nothing is held") };
+        on.ledger.release(grant.lock, owner(7)).await.unwrap();
+        assert_eq!(on.counts(event(1), 1).await, (1503, 0, 0));
+        // A sweep that has not ended all of them says that the next is due now.
+        let others = (100..1600).map(|user| on.grant(event(1), 1, user, 1));
+        futures_util::future::join_all(others).await;
+        on.step(TTL).await;
+        let mut expired = 0;
+        while expired < 1500 {
+            let swept = on.ledger.sweep().await.unwrap();
+            expired += swept.expired;
+            assert!(swept.expired > 0, "{swept:?}");
+            assert_eq!(swept.next == Some(Duration::ZERO), expired < 1500, "{swept:?}");
+        }
+        assert_eq!(on.counts(event(1), 1).await, (1503, 0, 0));
     }
 
     /// GCRA: a burst, then one per interval; a refusal costs nothing and says when to come back.
@@ -280,6 +353,54 @@ on_both! {
         assert_eq!(on.ledger.find(lock).await.unwrap().unwrap().status, LockStatus::Expired);
     }
 
+    /// A category that the events-service no longer names is closed and has nothing.
+    async fn a_category_no_longer_named_is_closed(on: &Stepped) {
+        on.stock(event(1), &[(1, 9, 9), (2, 9, 9)]).await;
+        on.stock(event(1), &[(1, 9, 9)]).await;
+        let rows = on.ledger.availability(event(1), TTL).await.unwrap().expect("known");
+        assert_eq!(rows.iter().map(|row| (row.total, row.stock, row.open)).collect::<Vec<_>>(), [(9, 9, true), (0, 0, false)]);
+        assert_eq!(on.ledger.lock(&request(event(1), 2, 7, 1)).await.unwrap(), LockOutcome::Closed);
+        on.stock(event(1), &[(1, 9, 9), (2, 9, 8)]).await;
+        assert_eq!(on.counts(event(1), 2).await, (8, 0, 0));
+    }
+
+    /// Each owner is warned once, however often is swept; who locks later is warned later.
+    async fn owners_are_warned_once(on: &Stepped) {
+        on.stock(event(1), &[(1, 9, 9)]).await;
+        let mut feed = on.ledger.feed().expect("taken once");
+        for who in [7, 8] {
+            on.ledger.subscribe(Topic::User(user(who))).await.unwrap();
+        }
+        on.grant(event(1), 1, 7, 1).await;
+        on.step(Duration::from_secs(10)).await;
+        on.grant(event(1), 1, 8, 1).await;
+        on.step(TTL - WARNING - Duration::from_secs(10) - MS).await;
+        for step in [Duration::ZERO, MS, MS, Duration::from_secs(1), Duration::from_millis(8999), WARNING / 2] {
+            on.step(step).await;
+            on.ledger.sweep().await.unwrap();
+            on.ledger.sweep().await.unwrap();
+        }
+        // Whoever locks for less than the warning is not warned: it would come with the grant.
+        on.ledger.subscribe(Topic::User(user(9))).await.unwrap();
+        let mut short = request(event(1), 1, 9, 1);
+        short.ttl = WARNING / 2;
+        on.ledger.lock(&short).await.unwrap();
+        on.ledger.sweep().await.unwrap();
+        // What is told last shows that nothing more comes.
+        let (lock, category, quantity) = (LockId::generate(event(1)), category(1), quantity(1));
+        on.ledger.tell(user(8), &Personal::Expired { lock, category, quantity }).await.unwrap();
+        let mut told = Vec::new();
+        loop {
+            match tokio::time::timeout(Duration::from_secs(5), feed.recv()).await.expect("told in time") {
+                Some(FeedItem::Personal(who, Personal::Expiring { remaining, .. })) => told.push((who, remaining)),
+                Some(FeedItem::Personal(..)) => break,
+                Some(FeedItem::Resync) => {}
+                other => panic!("{other:?}"),
+            }
+        }
+        assert_eq!(told, [(user(7), WARNING), (user(8), WARNING)]);
+    }
+
     /// A snapshot that was asked for earlier never replaces a later one.
     async fn a_late_snapshot_is_ignored(on: &Stepped) {
         let AskOutcome::Ask(early) = on.ledger.ask(event(1), Duration::ZERO).await.unwrap() else { panic!("draws") };
@@ -376,6 +497,50 @@ on_both! {
         assert_eq!(on.counts(event(1), 1).await, (7, 0, 0));
     }
 
+    /// The same with an order of more tickets than the lock: the rest goes on counting until the stock shows it.
+    async fn a_confirm_after_the_report_meets_a_part_of_its_order(on: &Stepped) {
+        on.stock(event(1), &[(1, 9, 9)]).await;
+        let lock = on.grant(event(1), 1, 7, 1).await;
+        on.ledger.order(&report(event(1), "5", 1, 7, 3, OrderResult::Completed)).await.unwrap();
+        assert_eq!(on.counts(event(1), 1).await, (5, 1, 3));
+        on.ledger.confirm(lock, None, Some(&order_id("5"))).await.unwrap();
+        assert_eq!(on.counts(event(1), 1).await, (6, 0, 3));
+        on.stock(event(1), &[(1, 9, 6)]).await;
+        assert_eq!(on.counts(event(1), 1).await, (6, 0, 0));
+    }
+
+    /// A cancelled sale is told to the room, though the counts change only with the next stock.
+    async fn a_cancelled_sale_is_announced(on: &Stepped) {
+        on.stock(event(1), &[(1, 9, 9)]).await;
+        on.ledger.order(&report(event(1), "6", 1, 7, 2, OrderResult::Completed)).await.unwrap();
+        let mut feed = on.ledger.feed().expect("taken once");
+        on.ledger.subscribe(Topic::Event(event(1))).await.unwrap();
+        on.ledger.order(&report(event(1), "6", 1, 7, 2, OrderResult::Cancelled)).await.unwrap();
+        loop {
+            match tokio::time::timeout(Duration::from_secs(5), feed.recv()).await.expect("told in time") {
+                Some(FeedItem::Changed(notice)) => {
+                    let [change] = notice.changes[..] else { panic!("one change: {notice:?}") };
+                    let told = (change.kind, change.quantity, change.user);
+                    assert_eq!(told, (ChangeKind::Back(ReleaseReason::Cancelled), quantity(2), user(7)));
+                    break;
+                }
+                Some(FeedItem::Resync) => {}
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
+    /// An order that is reported again does not take the lock that its buyer has made since.
+    async fn a_repeated_report_claims_nothing(on: &Stepped) {
+        on.stock(event(1), &[(1, 9, 9)]).await;
+        let completed = report(event(1), "5", 1, 7, 2, OrderResult::Completed);
+        on.ledger.order(&completed).await.unwrap();
+        let next = on.grant(event(1), 1, 7, 2).await;
+        on.ledger.validate(&validate(7, 1, 2)).await.unwrap();
+        assert_eq!(on.ledger.order(&completed).await.unwrap(), OrderOutcome::Repeated);
+        assert_eq!(on.ledger.find(next).await.unwrap().unwrap().status, LockStatus::Active);
+    }
+
     /// Cancelled orders: never completed, completed and undone, and completed after cancelled.
     async fn cancelled_orders_give_back(on: &Stepped) {
         on.stock(event(1), &[(1, 9, 9)]).await;
@@ -393,6 +558,41 @@ on_both! {
         assert_eq!(on.counts(event(1), 1).await, (7, 0, 2));
         on.stock(event(1), &[(1, 9, 9)]).await;
         assert_eq!(on.counts(event(1), 1).await, (9, 0, 0));
+        // A single ticket, and a stock that stays as it was.
+        let lock = on.grant(event(1), 1, 7, 1).await;
+        on.ledger.confirm(lock, None, None).await.unwrap();
+        on.ledger.order(&report(event(1), "7", 1, 7, 1, OrderResult::Cancelled)).await.unwrap();
+        on.stock(event(1), &[(1, 9, 9)]).await;
+        assert_eq!(on.counts(event(1), 1).await, (9, 0, 0));
+        // Cancelled before its lock was confirmed, and completed after all.
+        on.ledger.order(&report(event(1), "8", 1, 7, 3, OrderResult::Cancelled)).await.unwrap();
+        let lock = on.grant(event(1), 1, 7, 3).await;
+        on.ledger.confirm(lock, None, Some(&order_id("8"))).await.unwrap();
+        on.ledger.order(&report(event(1), "8", 1, 7, 3, OrderResult::Completed)).await.unwrap();
+        on.stock(event(1), &[(1, 9, 9)]).await;
+        assert_eq!(on.counts(event(1), 1).await, (9, 0, 0));
+    }
+
+    /// Owners are told of a release, and whose it was.
+    async fn owners_are_told_of_releases(on: &Stepped) {
+        on.stock(event(1), &[(1, 9, 9)]).await;
+        let mut feed = on.ledger.feed().expect("taken once");
+        on.ledger.subscribe(Topic::User(user(7))).await.unwrap();
+        for session in [Some(SessionId::generate()), None] {
+            let given_back = on.grant(event(1), 1, 7, 2).await;
+            let by = if session.is_some() { Releaser::Owner { user: user(7), session } } else { ORDERS };
+            on.ledger.release(given_back, by).await.unwrap();
+            loop {
+                match tokio::time::timeout(Duration::from_secs(5), feed.recv()).await.expect("told in time") {
+                    Some(FeedItem::Personal(whose, Personal::Released { lock, quantity: n, by, .. })) => {
+                        assert_eq!((whose, lock, n, by), (user(7), given_back, quantity(2), session));
+                        break;
+                    }
+                    Some(FeedItem::Resync) => {}
+                    other => panic!("{other:?}"),
+                }
+            }
+        }
     }
 
     /// A confirmed lock whose order is never reported leaves with the first snapshot after the settle timeout.
@@ -516,17 +716,20 @@ on_both! {
         on.stock(event(1), &[(1, 9, 9)]).await;
         let session = SessionId::generate();
         on.ledger.enter(user(7), session).await.unwrap();
+        on.stock(event(1), &[(1, 9, 9), (2, 9, 9)]).await;
         on.grant(event(1), 1, 7, 2).await;
+        on.grant(event(1), 2, 7, 2).await;
         let mut feed = on.ledger.feed().expect("taken once");
         on.ledger.subscribe(Topic::Event(event(1))).await.unwrap();
         on.ledger.leave(user(7), session, GRACE).await.unwrap();
         on.step(GRACE).await;
-        assert_eq!(on.ledger.sweep().await.unwrap().expired, 1);
-        loop {
+        assert_eq!(on.ledger.sweep().await.unwrap().expired, 2);
+        let mut told = 0;
+        while told < 2 {
             match tokio::time::timeout(Duration::from_secs(5), feed.recv()).await.expect("told in time") {
                 Some(FeedItem::Changed(notice)) => {
                     assert_eq!(notice.changes[0].kind, ChangeKind::Back(ReleaseReason::Abandoned));
-                    break;
+                    told += 1;
                 }
                 Some(FeedItem::Resync) => {}
                 other => panic!("{other:?}"),

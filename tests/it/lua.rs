@@ -4,10 +4,11 @@ use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
 
 use fred::clients::Client;
-use fred::interfaces::{KeysInterface, ListInterface, LuaInterface};
+use fred::interfaces::{KeysInterface, ListInterface, LuaInterface, SortedSetsInterface};
 use fred::types::Value;
 use seatlock::ledger::Script;
 
+use crate::support::ledger::scripts;
 use crate::support::redis::RedisServer;
 
 const LOCK: &str = "lock-1";
@@ -41,14 +42,13 @@ impl Bench {
     /// Lets time pass.
     async fn pass(&self, ms: u64) {
         self.now_ms.set(self.now_ms.get() + ms);
-        let _: () = self.client.del("test:clock").await.expect("DEL answers");
-        let now = vec![(self.now_ms.get() / 1000).to_string(), (self.now_ms.get() % 1000 * 1000).to_string()];
-        let _: () = self.client.rpush("test:clock", now).await.expect("RPUSH answers");
+        let now = vec![(self.now_ms.get() % 1000 * 1000).to_string(), (self.now_ms.get() / 1000).to_string()];
+        let _: () = self.client.lpush("test:clock", now).await.expect("LPUSH answers");
     }
 
     /// Runs a script with these keys and arguments; its reply as texts.
     async fn alone(&self, name: &str, keys: &[&str], args: &[&str]) -> Vec<String> {
-        let source = script(name).source.replace("redis.call('TIME')", "redis.call('LRANGE', 'test:clock', 0, 1)");
+        let source = script(name).on_stepped_clock(scripts()).expect("the script's text");
         let (keys, args) = (keys.to_vec(), args.to_vec());
         let reply: Value =
             self.client.eval(source, keys, args).await.unwrap_or_else(|error| panic!("{name}: {error:?}"));
@@ -63,6 +63,13 @@ impl Bench {
         let keys: Vec<&str> = six.into_iter().chain(keys.iter().copied()).collect();
         let args: Vec<&str> = std::iter::once("news").chain(args.iter().copied()).collect();
         self.alone(name, &keys, &args).await
+    }
+
+    async fn every_key_ends(&self) {
+        for key in self.server.keys().await.iter().filter(|key| *key != "test:clock") {
+            let left = self.server.pttl(key).await;
+            assert!(left > 0, "{key} lives for ever ({left})");
+        }
     }
 
     async fn stock(&self, categories: &[&str]) {
@@ -157,6 +164,7 @@ async fn every_documented_reply_is_reached() {
     on.event("validate", &[], &["8", "1", "1", "60000"]).await;
     assert_eq!(on.order("C", "8", "1", "completed").await, ["confirm_first", "lock-2"]);
     on.lock("lock-3", "9", "1", "1").await;
+    assert_eq!(on.event("abandon", &[], &["9", "1", "300000"]).await, ["abandoned", "1", "1"]);
     assert_eq!(on.order("D", "9", "1", "completed").await, ["noted"]);
     assert_eq!(on.confirm("lock-3", "9", "D").await, "confirmed_reported");
     on.lock("lock-4", "10", "1", "1").await;
@@ -210,23 +218,38 @@ async fn restore_replies(on: &Bench) {
 
 /// What the scripts about users, replicas and the fleet answer.
 async fn fleet_replies(on: &Bench) {
-    assert_eq!(on.alone("touch", &["due", "events"], &["1", "1000"]).await, ["touched"]);
-    assert_eq!(on.alone("due", &["due"], &["64", "1000"]).await[..2], ["due", "1000"]);
-    on.pass(1000).await;
+    assert_eq!(on.alone("touch", &["due", "events"], &["1", "700"]).await, ["touched"]);
+    assert_eq!(on.alone("due", &["due"], &["64", "1000"]).await[..2], ["due", "700"]);
+    on.pass(700).await;
     let due = on.alone("due", &["due"], &["64", "1000"]).await;
     assert_eq!(due[3..], ["1"]);
     let plan = async || on.alone("plan", &["due", "events"], &["1", "-1", &due[2], "1000"]).await;
+    let looks_in = async || {
+        let at: Option<f64> = on.client.zscore("due", "1").await.expect("ZSCORE answers");
+        #[expect(clippy::cast_possible_truncation, reason = "whole milliseconds")]
+        let ms = at.expect("in the index") as i64;
+        ms - i64::try_from(on.now_ms.get()).expect("before the year 292000000")
+    };
+    assert_eq!(looks_in().await, 1000, "claimed");
     assert_eq!(plan().await, ["planned", "5000"], "touched a moment ago: a lock may be on its way");
+    assert_eq!(looks_in().await, 5000);
+    on.alone("touch", &["due", "events"], &["1", "40"]).await;
+    plan().await;
+    assert_eq!(looks_in().await, 40, "never later than what was touched since");
     on.alone("touch", &["due", "events"], &["1", "1000"]).await;
     assert_eq!(plan().await, ["planned", "100"], "touched since it was claimed");
     on.pass(60_001).await;
     assert_eq!(plan().await, ["dropped"]);
     assert_eq!(on.alone("visit", &["visited"], &["1"]).await, ["visited"]);
     assert_eq!(on.alone("forget", &["visited"], &["1"]).await, ["forgotten"]);
-    assert_eq!(on.alone("enter", &["sessions"], &["s", "r"]).await[0], "entered");
+    let entered = on.alone("enter", &["sessions"], &["s", "r"]).await;
+    assert_eq!((entered[0].as_str(), &entered[1]), ("entered", &(on.now_ms.get() * 1000).to_string()));
     assert_eq!(on.alone("enter", &["sessions"], &["t", "r"]).await[0], "entered");
     let left = on.alone("leave", &["sessions"], &["s", "r", ""]).await;
     assert_eq!((left[0].as_str(), &left[2], &left[3]), ("left", &"1".to_owned(), &"1".to_owned()));
+    assert_eq!(left[1], (on.now_ms.get() * 1000 + 2).to_string(), "rises within a microsecond");
+    let forgotten = on.alone("leave", &["forgotten"], &["s", "r", ""]).await;
+    assert_eq!(forgotten[1], (on.now_ms.get() * 1000).to_string(), "rises also when Redis has lost what was before");
     let left = on.alone("leave", &["sessions"], &["", "r", &left[4]]).await;
     assert_eq!(left[2..4], ["1", "1"], "it began at that very time");
     on.pass(1).await;
@@ -282,10 +305,90 @@ async fn every_key_has_a_lifetime() {
         ["counts", "ended", "settling", "sold", "holders"].iter().all(|key| keys.iter().any(|k| k == key)),
         "{keys:?}"
     );
-    for key in keys.iter().filter(|key| *key != "test:clock") {
+    on.every_key_ends().await;
+}
+
+/// The same where an order is covered by its lock, so that only the marks are written.
+#[tokio::test]
+async fn every_key_of_a_covered_order_has_a_lifetime() {
+    let on = Bench::new().await;
+    on.stock(&["1", "9", "9", "1"]).await;
+    on.lock("lock-1", "7", "1", "1").await;
+    on.confirm("lock-1", "7", "A").await;
+    on.order("A", "7", "1", "completed").await;
+    assert!(on.server.keys().await.iter().any(|key| key == "sold"));
+    on.every_key_ends().await;
+}
+
+/// A question that is never answered leaves nothing behind, and each answer is kept as long as the one before.
+#[tokio::test]
+async fn questions_and_answers_have_a_lifetime() {
+    let on = Bench::new().await;
+    let number = on.event("ask", &[], &["0"]).await[1].clone();
+    on.every_key_ends().await;
+    assert!(on.client.persist::<bool, _>("counts").await.expect("PERSIST answers"));
+    on.event("accept", &[], &[&number, "1", "9", "9", "1"]).await;
+    on.every_key_ends().await;
+}
+
+/// Locks and their tombstones live as long as they answer for themselves.
+#[tokio::test]
+async fn every_tombstone_has_its_own_lifetime() {
+    let on = Bench::new().await;
+    on.stock(&["1", "9", "9", "1"]).await;
+    let lives = async |key: &str, hours: f64| {
         let left = on.server.pttl(key).await;
-        assert!(left > 0, "{key} lives for ever ({left})");
+        #[expect(clippy::cast_possible_truncation, reason = "whole milliseconds of a day")]
+        let wanted = (hours * 3_600_000.0) as i64;
+        assert!((wanted - 60_000..=wanted).contains(&left), "{key} lives for {left} ms");
+    };
+    for (lock, user) in [("lock-1", "7"), ("lock-2", "8"), ("lock-3", "9")] {
+        on.lock(lock, user, "1", "1").await;
     }
+    on.confirm("lock-1", "7", "A").await;
+    on.release("lock-2", "owner", "8").await;
+    on.order("A", "7", "1", "completed").await;
+    lives("lock-1", 24.0).await;
+    lives("lock-2", 1.0 / 6.0).await;
+    lives("lock-3", 25.0).await;
+    lives("order-A", 24.0).await;
+    lives("counts", 25.0).await;
+}
+
+/// A user's index forgets an event a minute after the last try there, a fleet a replica with its lease.
+#[tokio::test]
+async fn indexes_forget_in_time() {
+    let on = Bench::new().await;
+    on.alone("visit", &["visited"], &["1"]).await;
+    on.pass(59_000).await;
+    on.alone("forget", &["visited"], &["1"]).await;
+    assert!(on.server.keys().await.contains(&"visited".to_owned()), "a lock may be on its way");
+    on.pass(2000).await;
+    on.alone("forget", &["visited"], &["1"]).await;
+    assert!(!on.server.keys().await.contains(&"visited".to_owned()));
+
+    for event in 1..=1003 {
+        on.alone("visit", &["visited"], &[&event.to_string()]).await;
+    }
+    assert_eq!(on.client.zcard::<u64, _>("visited").await.expect("ZCARD answers"), 1000, "the latest");
+
+    let beat = async |replica: &str, lease: &str, report: &str| {
+        let mut told = on.alone("beat", &["leases", "reports", "events"], &[replica, lease, report]).await;
+        told[1..].sort();
+        told
+    };
+    on.alone("touch", &["due", "events"], &["1", "1000"]).await;
+    beat("r", "5000", "1 2").await;
+    on.pass(4999).await;
+    assert_eq!(beat("s", "5000", "3 4").await, ["alive", "1 2", "3 4"]);
+    on.pass(1).await;
+    assert_eq!(beat("s", "5000", "5 6").await, ["alive", "5 6"], "the lease of r has run out");
+    assert_eq!(on.client.zcard::<u64, _>("leases").await.expect("ZCARD answers"), 1);
+    assert_eq!(beat("s", "0", "").await, ["alive"], "given back");
+    assert!(on.server.keys().await.contains(&"events".to_owned()));
+    on.pass(25 * 3_600_000).await;
+    beat("s", "5000", "5 6").await;
+    assert!(!on.server.keys().await.contains(&"events".to_owned()), "untouched for a day");
 }
 
 /// A script that Redis has forgotten (SCRIPT FLUSH, failover) is sent again by the ledger.

@@ -3,7 +3,10 @@
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a test that meets an error fails and shows it")]
 #![expect(clippy::unchecked_time_subtraction, reason = "of constants; a wrong one panics, which fails the test")]
 
+mod audit;
 mod config;
+mod cost;
+mod deadline;
 mod fanout;
 mod gateway;
 mod histories;
@@ -18,3 +21,4 @@ mod sessions;
 mod support;
 mod tidy;
 mod topology;
+mod wave;

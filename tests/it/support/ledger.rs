@@ -1,12 +1,12 @@
 //! Both ledgers on a clock that tests step.
 
-use std::path::PathBuf;
-use std::sync::Arc;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use fred::clients::Client;
-use fred::interfaces::{ClientLike, KeysInterface, ListInterface};
+use fred::interfaces::{ClientLike, ListInterface};
 use seatlock::domain::{
     CategoryId, CategoryStock, EventId, LockId, LockOutcome, LockRequest, Now, OrderId, OrderReport, OrderResult,
     Quantity, ReplicaId, Snapshot, UserId,
@@ -43,48 +43,51 @@ impl Stepped {
     pub async fn redis() -> Self {
         let server = RedisServer::start().await;
         let client = server.client().await;
-        let ledger = RedisLedger::connect(
-            &RedisOptions {
-                url: server.url(),
-                ca_file: None,
-                replica: ReplicaId::generate(),
-                timeout: Duration::from_secs(5),
-                wait: 0,
-                clock: RedisClock::Stepped,
-            },
-            options(),
-        );
         let stepped = Self {
             name: "redis",
-            ledger: Arc::new(ledger.expect("a good address")),
+            ledger: stepped_ledger(&server, scripts()),
             now_us: Arc::new(AtomicU64::new(START_US)),
             redis: Some((server, client)),
         };
-        stepped.step(Duration::ZERO).await;
+        stepped.tell_clock(START_US).await;
         stepped
     }
 
-    /// Another replica on the same Redis and the same clock.
-    pub fn another(&self, _scripts: Option<&'static std::path::Path>) -> Arc<dyn Ledger> {
-        let url = self.redis.as_ref().expect("the model has one replica").0.url();
-        let (replica, timeout) = (ReplicaId::generate(), Duration::from_secs(5));
-        let redis = RedisOptions { url, ca_file: None, replica, timeout, wait: 0, clock: RedisClock::Stepped };
-        Arc::new(RedisLedger::connect(&redis, options()).expect("a good address"))
+    /// Another replica on the same Redis and the same clock; with scripts of its own when a folder is given.
+    pub fn another(&self, scripts: Option<&'static Path>) -> Arc<dyn Ledger> {
+        stepped_ledger(&self.redis.as_ref().expect("the model has one replica").0, scripts)
     }
 
-    /// What the clock says.
+    /// A client of the test's own on the same Redis.
+    pub fn client(&self) -> &Client {
+        &self.redis.as_ref().expect("the model has no Redis").1
+    }
+
+    /// The ledger's clock, in microseconds.
     pub fn now_us(&self) -> u64 {
         self.now_us.load(Ordering::SeqCst)
     }
 
+    /// The same, in milliseconds.
+    pub fn now_ms(&self) -> u64 {
+        self.now_us.load(Ordering::SeqCst) / 1000
+    }
+
     /// Lets time pass.
     pub async fn step(&self, by: Duration) {
+        if by.is_zero() {
+            return;
+        }
         let now = self.now_us.fetch_add(u64::try_from(by.as_micros()).expect("short"), Ordering::SeqCst)
             + u64::try_from(by.as_micros()).expect("short");
+        self.tell_clock(now).await;
+    }
+
+    async fn tell_clock(&self, now: u64) {
         if let Some((_, client)) = &self.redis {
-            let _: () = client.del("test:clock").await.expect("DEL answers");
-            let words = vec![(now / 1_000_000).to_string(), (now % 1_000_000).to_string()];
-            let _: () = client.rpush("test:clock", words).await.expect("RPUSH answers");
+            // The latest reading is in front; what is behind it is never read.
+            let words = vec![(now % 1_000_000).to_string(), (now / 1_000_000).to_string()];
+            let _: () = client.lpush("test:clock", words).await.expect("LPUSH answers");
         }
     }
 
@@ -94,7 +97,7 @@ impl Stepped {
         if let Some((_, client)) = &self.redis {
             let _: () = client.flushall(false).await.expect("FLUSHALL answers");
         }
-        self.step(Duration::ZERO).await;
+        self.tell_clock(START_US).await;
     }
 
     /// Hands in a fresh snapshot: (category, total, stock).
@@ -117,6 +120,24 @@ impl Stepped {
         let row = rows.iter().find(|row| row.category.value() == category).expect("the category");
         (row.available(), row.active, row.settling)
     }
+}
+
+/// Where tests on a stepped clock read the scripts from instead of the compiled-in ones (`tests/mutate` sets it).
+pub fn scripts() -> Option<&'static Path> {
+    static FOLDER: OnceLock<Option<PathBuf>> = OnceLock::new();
+    FOLDER.get_or_init(|| std::env::var_os("SEATLOCK_TEST_SCRIPTS").map(PathBuf::from)).as_deref()
+}
+
+fn stepped_ledger(server: &RedisServer, scripts: Option<&'static Path>) -> Arc<dyn Ledger> {
+    let redis = RedisOptions {
+        url: server.url(),
+        ca_file: None,
+        replica: ReplicaId::generate(),
+        timeout: Duration::from_secs(5),
+        wait: 0,
+        clock: RedisClock::Stepped { scripts },
+    };
+    Arc::new(RedisLedger::connect(&redis, options()).expect("a good address"))
 }
 
 pub fn options() -> LedgerOptions {
