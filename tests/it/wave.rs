@@ -72,7 +72,7 @@ impl Audience for Ears {
 fn replica(server: &RedisServer) -> Arc<dyn Ledger> {
     let timeout = Duration::from_secs(10);
     let (replica, clock) = (ReplicaId::generate(), RedisClock::Server);
-    let redis = RedisOptions { url: server.url(), replica, timeout, wait: 0, clock };
+    let redis = RedisOptions { url: server.url(), ca_file: None, replica, timeout, wait: 0, clock };
     // No warnings: they would come with the locks here, in the way of what is measured.
     let options = LedgerOptions { settle_timeout: SETTLE, expiry_warning: Duration::ZERO };
     Arc::new(RedisLedger::connect(&redis, options).expect("a good address"))
