@@ -31,7 +31,7 @@ async fn info(client: &Client, kind: InfoKind, field: &str) -> String {
 /// Locks one ticket for each of these users.
 async fn lock(ledger: &Arc<dyn Ledger>, users: impl Iterator<Item = u64>) {
     let users: Vec<u64> = users.collect();
-    for portion in users.chunks(1000) {
+    for portion in users.chunks(100) {
         let asked = portion.iter().map(|&user| {
             let wanted = LockRequest {
                 session: Some(SessionId::generate()),
