@@ -138,10 +138,12 @@ impl Made {
 /// How much time a step takes. The model forgets a generation when nothing of its user is left, which is right as long
 /// as no user comes and goes twice in a microsecond.
 fn passes(step: &Step) -> Duration {
-    match *step {
-        Step::Pass { ms } => Duration::from_millis(ms),
-        Step::Enter { .. } | Step::Leave { .. } => Duration::from_micros(10),
-        _ => Duration::ZERO,
+    if let Step::Pass { ms } = *step {
+        Duration::from_millis(ms)
+    } else if matches!(step, Step::Enter { .. } | Step::Leave { .. }) {
+        Duration::from_micros(10)
+    } else {
+        Duration::ZERO
     }
 }
 
@@ -511,7 +513,7 @@ fn fused(folder: &Path) -> &'static Path {
 }
 
 /// Runs random histories, and fails with the shortest that fails, its steps and the seed.
-fn run<F>(fates: F, body: impl AsyncFn(&mut Stage, &[Act]) -> Result<(), TestCaseError>)
+fn run<F>(fates: F, body: &impl AsyncFn(&mut Stage, &[Act]) -> Result<(), TestCaseError>)
 where
     F: Strategy<Value = Fate>,
 {
@@ -546,19 +548,19 @@ fn rand_seed() -> u32 {
 /// See the module.
 #[test]
 fn model_and_redis_agree_on_every_history() {
-    run(answered_or_repeated(), agree);
+    run(answered_or_repeated(), &agree);
 }
 
 /// The same in a second process, which has the other core.
 #[test]
 fn model_and_redis_agree_on_every_other_history() {
-    run(answered_or_repeated(), agree);
+    run(answered_or_repeated(), &agree);
 }
 
 /// See the module.
 #[test]
 fn replicas_that_die_half_way_break_no_law() {
-    run(any_fate(), keep_the_laws);
+    run(any_fate(), &keep_the_laws);
 }
 
 /// The comparison itself can fail: a step applied to one ledger only is noticed.

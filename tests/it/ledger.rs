@@ -383,7 +383,7 @@ on_both! {
         // Whoever locks for less than the warning is not warned: it would come with the grant.
         on.ledger.subscribe(Topic::User(user(9))).await.unwrap();
         let mut short = request(event(1), 1, 9, 1);
-        short.ttl = WARNING / 2;
+        short.ttl = WARNING * 2 / 3;
         on.ledger.lock(&short).await.unwrap();
         on.ledger.sweep().await.unwrap();
         // What is told last shows that nothing more comes.
@@ -522,6 +522,42 @@ on_both! {
                     let [change] = notice.changes[..] else { panic!("one change: {notice:?}") };
                     let told = (change.kind, change.quantity, change.user);
                     assert_eq!(told, (ChangeKind::Back(ReleaseReason::Cancelled), quantity(2), user(7)));
+                    break;
+                }
+                Some(FeedItem::Resync) => {}
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
+    /// The same for a single ticket whose order was never completed.
+    async fn a_cancelled_order_of_one_ticket_is_announced(on: &Stepped) {
+        on.stock(event(1), &[(1, 9, 9)]).await;
+        let lock = on.grant(event(1), 1, 7, 1).await;
+        on.ledger.confirm(lock, None, None).await.unwrap();
+        let version = async || on.ledger.availability(event(1), TTL).await.unwrap().expect("known")[0].version;
+        let before = version().await;
+        on.ledger.order(&report(event(1), "6", 1, 7, 1, OrderResult::Cancelled)).await.unwrap();
+        assert_eq!(version().await, before + 1);
+    }
+
+    /// More owners are to be warned at once than one sweep warns: the last of them is warned too.
+    async fn the_last_of_many_owners_is_warned(on: &Stepped) {
+        on.stock(event(1), &[(1, 1600, 1600)]).await;
+        futures_util::future::join_all((100..1600).map(|user| on.grant(event(1), 1, user, 1))).await;
+        on.step(MS).await;
+        on.grant(event(1), 1, 7, 1).await;
+        let mut feed = on.ledger.feed().expect("taken once");
+        on.ledger.subscribe(Topic::User(user(7))).await.unwrap();
+        on.step(TTL - WARNING).await;
+        for _ in 0..3 {
+            on.ledger.sweep().await.unwrap();
+            on.step(MS).await;
+        }
+        loop {
+            match tokio::time::timeout(Duration::from_secs(5), feed.recv()).await.expect("told in time") {
+                Some(FeedItem::Personal(who, Personal::Expiring { .. })) => {
+                    assert_eq!(who, user(7));
                     break;
                 }
                 Some(FeedItem::Resync) => {}

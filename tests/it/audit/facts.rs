@@ -28,17 +28,47 @@ impl Life<'_> {
     pub fn granted_before(&self, when: &When) -> bool {
         self.grant.is_some() && self.when.before(when)
     }
+
+    /// The earliest that it may have been given back, the ledger's clock; `None` when it was not, before `when`.
+    pub fn maybe_released_ms(&self, when: &When) -> Option<u64> {
+        let maybe = |answer: Option<&ReleaseOutcome>| matches!(answer, None | Some(ReleaseOutcome::Released(_)));
+        let asked = self.releases.iter().filter(|(at, _, answer)| maybe(*answer) && at.maybe_before(when));
+        asked.map(|(at, ..)| at.from_ms).min()
+    }
+
+    pub fn released(&self, when: &When) -> bool {
+        let proof = |answer: Option<&ReleaseOutcome>| {
+            matches!(answer, Some(ReleaseOutcome::Released(_) | ReleaseOutcome::AlreadyReleased(_)))
+        };
+        self.releases.iter().any(|(at, _, answer)| proof(*answer) && at.before(when))
+    }
+
+    pub fn confirmed(&self, when: &When) -> bool {
+        let proof = |answer| matches!(answer, Some(ConfirmOutcome::Confirmed | ConfirmOutcome::AlreadyConfirmed));
+        self.confirms.iter().any(|(at, _, answer)| proof(*answer) && at.before(when))
+    }
 }
+
+type By<K, V> = HashMap<K, Vec<V>>;
+
+/// A validate, the window that it asked for, and its answer.
+type Validated = (When, Duration, Option<ValidateOutcome>);
+
+/// An order's report and its answer.
+type Reported<'a> = (When, &'a OrderReport, Option<OrderOutcome>);
+
+/// A request under a name, and whether it is known to have been granted.
+type Named<'a> = (When, &'a LockRequest, bool);
 
 pub struct Facts<'a> {
     settle_ms: u64,
     pub lives: HashMap<LockId, Life<'a>>,
     pub of_category: HashMap<(EventId, CategoryId), Vec<LockId>>,
     pub of_holder: HashMap<(EventId, UserId), Vec<LockId>>,
-    pub of_request: HashMap<(EventId, UserId, String), Vec<(When, &'a LockRequest, bool)>>,
-    validates: HashMap<(EventId, UserId, CategoryId), Vec<(When, Duration, Option<ValidateOutcome>)>>,
+    pub of_request: By<(EventId, UserId, String), Named<'a>>,
+    validates: By<(EventId, UserId, CategoryId), Validated>,
     leaves: HashMap<UserId, Vec<(When, Duration)>>,
-    reports: HashMap<EventId, Vec<(When, &'a OrderReport, Option<OrderOutcome>)>>,
+    reports: By<EventId, Reported<'a>>,
     asks: HashMap<EventId, Vec<(When, Option<AskOutcome>)>>,
     accepts: HashMap<EventId, Vec<(When, u64, &'a Snapshot, bool)>>,
 }
@@ -66,18 +96,15 @@ impl<'a> Facts<'a> {
         }
         // What touched a lock is told in any order, so the locks come first.
         for (when, deed) in deeds {
-            match deed {
-                Deed::Confirm { lock, order, answer, .. } => {
-                    if let Some(life) = facts.lives.get_mut(lock) {
-                        life.confirms.push((*when, order.as_ref(), *answer));
-                    }
-                }
-                Deed::Release { lock, by, answer } => {
-                    if let Some(life) = facts.lives.get_mut(lock) {
-                        life.releases.push((*when, *by, answer.as_ref()));
-                    }
-                }
-                _ => {}
+            if let Deed::Confirm { lock, order, answer, .. } = deed
+                && let Some(life) = facts.lives.get_mut(lock)
+            {
+                life.confirms.push((*when, order.as_ref(), *answer));
+            }
+            if let Deed::Release { lock, by, answer } = deed
+                && let Some(life) = facts.lives.get_mut(lock)
+            {
+                life.releases.push((*when, *by, answer.as_ref()));
             }
         }
         facts
@@ -159,28 +186,9 @@ impl<'a> Facts<'a> {
         moved.fold(granted, u64::max)
     }
 
-    fn validated(&self, life: &Life) -> impl Iterator<Item = &(When, Duration, Option<ValidateOutcome>)> {
+    fn validated(&self, life: &Life) -> impl Iterator<Item = &Validated> {
         let of = (life.request.event(), life.request.user, life.request.category);
         self.validates.get(&of).into_iter().flatten()
-    }
-
-    /// The earliest that it may have been given back, the ledger's clock; `None` when it was not, before `when`.
-    pub fn maybe_released_ms(&self, life: &Life, when: &When) -> Option<u64> {
-        let maybe = |answer: &Option<&ReleaseOutcome>| matches!(answer, None | Some(ReleaseOutcome::Released(_)));
-        let asked = life.releases.iter().filter(|(at, _, answer)| maybe(answer) && at.maybe_before(when));
-        asked.map(|(at, ..)| at.from_ms).min()
-    }
-
-    pub fn released(&self, life: &Life, when: &When) -> bool {
-        let proof = |answer: &Option<&ReleaseOutcome>| {
-            matches!(answer, Some(ReleaseOutcome::Released(_) | ReleaseOutcome::AlreadyReleased(_)))
-        };
-        life.releases.iter().any(|(at, _, answer)| proof(answer) && at.before(when))
-    }
-
-    pub fn confirmed(&self, life: &Life, when: &When) -> bool {
-        let proof = |answer| matches!(answer, Some(ConfirmOutcome::Confirmed | ConfirmOutcome::AlreadyConfirmed));
-        life.confirms.iter().any(|(at, _, answer)| proof(*answer) && at.before(when))
     }
 
     /// What may have confirmed it before `when`: a confirm, or an order's report. The earliest.
@@ -199,7 +207,7 @@ impl<'a> Facts<'a> {
         reports.any(|(at, report, _)| report.result == OrderResult::Completed && at.maybe_before(when))
     }
 
-    fn reports_about(&self, life: &Life) -> impl Iterator<Item = &(When, &'a OrderReport, Option<OrderOutcome>)> {
+    fn reports_about(&self, life: &Life) -> impl Iterator<Item = &Reported<'a>> {
         let (user, category) = (life.request.user, life.request.category);
         let all = self.reports.get(&life.request.event()).into_iter().flatten();
         all.filter(move |(_, report, _)| (report.user, report.category) == (user, category))
@@ -225,25 +233,25 @@ impl<'a> Facts<'a> {
     pub fn active(&self, life: &Life, when: &When) -> bool {
         life.granted_before(when)
             && when.until_ms < self.deadline_min(life, when)
-            && self.maybe_released_ms(life, when).is_none()
+            && life.maybe_released_ms(when).is_none()
             && self.maybe_confirmed(life, when).is_none()
     }
 
     /// Active or settling, whatever the unanswered did, for a grant made later at `at_ms`.
     pub fn counts(&self, life: &Life, when: &When, at_ms: u64) -> bool {
-        self.maybe_released_ms(life, when).is_none()
-            && (at_ms < self.deadline_min(life, when) || self.confirmed(life, when))
+        life.maybe_released_ms(when).is_none()
+            && (at_ms < self.deadline_min(life, when) || life.confirmed(when))
             && !self.maybe_settled(life, when)
     }
 
     /// Confirmed and not yet shown by any snapshot.
     pub fn settling(&self, life: &Life, when: &When) -> bool {
-        self.confirmed(life, when) && self.maybe_released_ms(life, when).is_none() && !self.maybe_settled(life, when)
+        life.confirmed(when) && life.maybe_released_ms(when).is_none() && !self.maybe_settled(life, when)
     }
 
     /// Not active any more, whatever the unanswered did.
     pub fn ended(&self, life: &Life, when: &When) -> bool {
-        self.released(life, when) || self.confirmed(life, when) || when.from_ms >= self.deadline_max(life, when)
+        life.released(when) || life.confirmed(when) || when.from_ms >= self.deadline_max(life, when)
     }
 
     /// The most that may be taken of a category at `when`: every lock not surely gone, every order without one.
@@ -251,7 +259,7 @@ impl<'a> Facts<'a> {
         let lives = self.of_category.get(&(event, category)).into_iter().flatten().map(|lock| &self.lives[lock]);
         let locks = lives.filter(|life| life.when.maybe_before(when)).filter(|life| {
             let late = when.from_ms >= self.deadline_max(life, when);
-            !(self.released(life, when) || late && self.maybe_confirmed(life, when).is_none())
+            !(life.released(when) || late && self.maybe_confirmed(life, when).is_none())
         });
         let reports = self.reports.get(&event).into_iter().flatten();
         let orders = reports.filter(|(at, report, _)| {

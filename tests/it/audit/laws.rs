@@ -38,6 +38,7 @@ pub fn of(facts: &Facts, when: &When, deed: &Deed) -> Vec<&'static str> {
 }
 
 /// What each snapshot that may be in force says of a category: its stock, `None` when it is closed.
+#[expect(clippy::option_option, reason = "not named, closed, open")]
 fn told(facts: &Facts, when: &When, event: EventId, category: CategoryId) -> Vec<Option<Option<u64>>> {
     let snapshots = facts.snapshots(event, when);
     let of = |(_, snapshot): &(u64, &seatlock::domain::Snapshot)| {
@@ -201,7 +202,7 @@ fn common(facts: &Facts, when: &When, lock: LockId, said: Option<UserId>, refusa
     let own = said.is_none_or(|said| said == life.request.user);
     match refusal {
         Refusal::NotFound => {
-            let released = facts.maybe_released_ms(life, when);
+            let released = life.maybe_released_ms(when);
             let end = released.into_iter().fold(facts.deadline_min(life, when), u64::min);
             let kept = life.granted_before(when) && when.until_ms < end + TOMBSTONE_MS;
             vec![("a lock is lost: not found", kept)]
@@ -209,16 +210,17 @@ fn common(facts: &Facts, when: &When, lock: LockId, said: Option<UserId>, refusa
         Refusal::WrongUser => vec![("its own user was refused", own)],
         Refusal::Expired => vec![
             ("a lock is lost: called expired", facts.active(life, when)),
-            ("a sale was called expired", facts.confirmed(life, when) && own),
+            ("a sale was called expired", life.confirmed(when) && own),
         ],
         Refusal::Released => {
-            let maybe = facts.maybe_released_ms(life, when).is_some();
+            let maybe = life.maybe_released_ms(when).is_some();
             vec![("called released though nobody released it", !maybe)]
         }
         Refusal::None => vec![("another user's lock was ended", !own)],
     }
 }
 
+#[derive(Clone, Copy)]
 enum Refusal {
     NotFound,
     WrongUser,
@@ -257,8 +259,8 @@ fn confirm(
             let times = life.confirms.iter().filter(|(_, _, answer)| *answer == Some(ConfirmOutcome::Confirmed));
             findings.push(("a lock was confirmed twice", times.count() > 1));
             findings.push(("confirmed after its deadline", when.from_ms >= facts.deadline_max(life, when)));
-            findings.push(("confirmed after it had been given back", facts.released(life, when)));
-            findings.push(("confirmed after it had been confirmed", facts.confirmed(life, when)));
+            findings.push(("confirmed after it had been given back", life.released(when)));
+            findings.push(("confirmed after it had been confirmed", life.confirmed(when)));
         }
         ConfirmOutcome::AlreadyConfirmed => {
             let other = first.is_some_and(|(at, before, _)| at.before(when) && differ(*before, order));
@@ -392,21 +394,21 @@ fn holds(facts: &Facts, when: &When, event: EventId, user: UserId, locks: &[Lock
     findings
 }
 
+/// A version of a category, and its counts unless it is a grant's.
+type Reading<'a> = (When, u64, Option<&'a Availability>);
+
 /// Versions rise with every change of a category, and no two grants have the same.
 pub fn versions(deeds: &[(When, Deed)]) -> Vec<String> {
-    let mut readings: HashMap<(EventId, CategoryId), Vec<(When, u64, Option<&Availability>)>> = HashMap::new();
+    let mut readings: HashMap<(EventId, CategoryId), Vec<Reading>> = HashMap::new();
     for (when, deed) in deeds {
-        match deed {
-            Deed::Availability(event, rows) => {
-                for row in rows {
-                    readings.entry((*event, row.category)).or_default().push((*when, row.version, Some(row)));
-                }
+        if let Deed::Availability(event, rows) = deed {
+            for row in rows {
+                readings.entry((*event, row.category)).or_default().push((*when, row.version, Some(row)));
             }
-            Deed::Lock(request, Some(LockOutcome::Granted(grant))) => {
-                let of = (request.event(), request.category);
-                readings.entry(of).or_default().push((*when, grant.version, None));
-            }
-            _ => {}
+        }
+        if let Deed::Lock(request, Some(LockOutcome::Granted(grant))) = deed {
+            let of = (request.event(), request.category);
+            readings.entry(of).or_default().push((*when, grant.version, None));
         }
     }
     let mut complaints = Vec::new();
