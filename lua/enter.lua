@@ -1,6 +1,6 @@
 -- enter: a session of the user began, or is still there.
 --
--- KEYS[1] sessions  hash   session -> "replica generation"; "#" -> generation
+-- KEYS[1] user      hash   session -> "replica generation"; "#" -> generation; "e:<event>" -> last try
 -- ARGV[1] session   text
 -- ARGV[2] replica   text
 --

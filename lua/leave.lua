@@ -1,6 +1,6 @@
 -- leave: a session of the user ended, or all of them on a replica that died.
 --
--- KEYS[1] sessions   hash   session -> "replica generation"; "#" -> generation
+-- KEYS[1] user       hash   session -> "replica generation"; "#" -> generation; "e:<event>" -> last try
 -- ARGV[1] session    text   "" for all of the replica's
 -- ARGV[2] replica    text   the session's
 -- ARGV[3] before_us  integer with no session given: those that began before this
@@ -9,7 +9,7 @@
 --   {"left", generation, remaining, here, found_us}
 --     remaining: the user's other sessions, on all replicas; here: on this one; found_us: the time of this finding
 --
--- COST O(s) in the user's sessions; 2 reads, 2 writes and one for each session that ended.
+-- COST O(s) in the user's sessions and events; 2 reads, 2 writes and one for each session that ended.
 
 local clock = redis.call('TIME')
 local now_us = clock[1] * 1000000 + clock[2]
@@ -19,7 +19,7 @@ local sessions = redis.call('HGETALL', KEYS[1])
 for i = 1, #sessions, 2 do
   if sessions[i] == '#' then
     last = tonumber(sessions[i + 1])
-  else
+  elseif string.sub(sessions[i], 1, 2) ~= 'e:' then
     local replica, began = string.match(sessions[i + 1], '^(%S+) (%d+)$')
     if ARGV[1] == '' and replica == ARGV[2] and tonumber(began) < tonumber(ARGV[3]) then
       redis.call('HDEL', KEYS[1], sessions[i])

@@ -736,7 +736,8 @@ impl Book {
             result: record.result,
         };
         let matched = self.mark_candidates(&report, false);
-        if matched == 0 {
+        // A cancelled order's tickets are in no count under its own name.
+        if matched == 0 || record.result == OrderResult::Cancelled {
             return;
         }
         let moved = matched.min(record.unmatched);

@@ -195,6 +195,12 @@ impl Driver {
         reply.convert().map_err(|error| LedgerError::Protocol { script: "members", reply: error.details().to_owned() })
     }
 
+    /// The fields of a hash; none when there is no such key.
+    pub(super) async fn fields(&self, key: &str) -> Result<Vec<String>, LedgerError> {
+        let reply = self.call("fields", key, |client| custom(client, "HKEYS", vec![key.to_owned()])).await?;
+        reply.convert().map_err(|error| LedgerError::Protocol { script: "fields", reply: error.details().to_owned() })
+    }
+
     /// Remembers the connection of a key, to be taken before something is written that [`Self::replicated`] waits for.
     pub(super) async fn witness(&self, key: &str) -> Result<Witness, LedgerError> {
         let link = self.link(key).await?;

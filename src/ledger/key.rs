@@ -33,14 +33,14 @@ pub(super) fn order(event: EventId, order: &OrderId) -> String {
     format!("seatlock:{{e:{event}}}:order:{order}")
 }
 
-/// The events in which a user may have locks.
-pub(super) fn user_events(user: UserId) -> String {
-    format!("seatlock:{{u:{user}}}:events")
+/// A user's open sessions, and the events in which the user may have locks.
+pub(super) fn user(user: UserId) -> String {
+    format!("seatlock:{{u:{user}}}")
 }
 
-/// A user's open sessions.
-pub(super) fn user_sessions(user: UserId) -> String {
-    format!("seatlock:{{u:{user}}}:sessions")
+/// The event that a field of a user's hash stands for, if it stands for one.
+pub(super) fn event_of_field(field: &str) -> Option<EventId> {
+    field.strip_prefix("e:")?.parse().ok()
 }
 
 /// Users that a replica may have sessions of.

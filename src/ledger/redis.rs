@@ -37,9 +37,7 @@ const REAP_CLAIM: Duration = Duration::from_secs(5);
 /// Replicas are connected and notice within about two seconds, and restore at thousands of locks a second.
 const RESTORE_WINDOW: Duration = Duration::from_secs(5);
 
-/// How many of a user's events are read for one answer, and how many events for the statistics. Beyond it the latest
-/// (for a user) and the least recently touched (for the statistics) are left out.
-const USER_EVENTS_MAX: usize = 1000;
+/// How many events are read for the statistics. Beyond it the least recently touched are left out.
 const STATS_EVENTS_MAX: usize = 10_000;
 
 /// How many calls are on their way at once for one such answer.
@@ -184,13 +182,13 @@ impl RedisLedger {
     }
 
     async fn visit(&self, user: UserId, event: EventId) -> Result<(), LedgerError> {
-        let answer = self.run(&script::VISIT, vec![key::user_events(user)], vec![event.to_string()]).await?;
+        let answer = self.run(&script::VISIT, vec![key::user(user)], vec![event.to_string()]).await?;
         reply::said(&answer, "visited")
     }
 
     async fn events_of(&self, user: UserId) -> Result<Vec<EventId>, LedgerError> {
-        let members = self.driver.members(&key::user_events(user), USER_EVENTS_MAX).await?;
-        Ok(members.iter().filter_map(|text| text.parse().ok()).collect())
+        let fields = self.driver.fields(&key::user(user)).await?;
+        Ok(fields.iter().filter_map(|field| key::event_of_field(field)).collect())
     }
 
     async fn forget(&self, user: UserId, events: &[EventId]) {
@@ -199,7 +197,7 @@ impl RedisLedger {
         }
         let args = events.iter().map(ToString::to_string).collect();
         // A leftover costs one read next time and ends with its key.
-        self.run(&script::FORGET, vec![key::user_events(user)], args).await.ok();
+        self.run(&script::FORGET, vec![key::user(user)], args).await.ok();
     }
 
     /// Reads something about a user's locks in each of the user's events, and forgets events without any.
@@ -316,7 +314,7 @@ impl RedisLedger {
             Departing::AllOf { replica, before_us } => (String::new(), replica.to_owned(), before_us.to_string()),
         };
         let args = vec![session, replica, before_us];
-        let left = reply::left(self.run(&script::LEAVE, vec![key::user_sessions(user)], args).await?)?;
+        let left = reply::left(self.run(&script::LEAVE, vec![key::user(user)], args).await?)?;
         if left.remaining > 0 {
             return Ok(left);
         }
@@ -579,7 +577,7 @@ impl Ledger for RedisLedger {
         let hosted = self.run(&script::HOST, vec![key::hosted(self.replica)], vec![user.to_string()]).await?;
         reply::said(&hosted, "hosted")?;
         let args = vec![session.to_string(), self.replica.to_string()];
-        let generation = reply::entered(self.run(&script::ENTER, vec![key::user_sessions(user)], args).await?)?;
+        let generation = reply::entered(self.run(&script::ENTER, vec![key::user(user)], args).await?)?;
         let adopt = |event| async move {
             let args = [user.to_string(), generation.to_string()];
             reply::locks(self.event(&script::ADOPT, event, [], args).await?, user)

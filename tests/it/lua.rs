@@ -4,7 +4,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
 
 use fred::clients::Client;
-use fred::interfaces::{KeysInterface, ListInterface, LuaInterface, SortedSetsInterface};
+use fred::interfaces::{HashesInterface, KeysInterface, ListInterface, LuaInterface, SortedSetsInterface};
 use fred::types::Value;
 use seatlock::ledger::Script;
 
@@ -371,7 +371,17 @@ async fn indexes_forget_in_time() {
     for event in 1..=1003 {
         on.alone("visit", &["visited"], &[&event.to_string()]).await;
     }
-    assert_eq!(on.client.zcard::<u64, _>("visited").await.expect("ZCARD answers"), 1000, "the latest");
+    let fields = async || on.client.hkeys::<Vec<String>, _>("visited").await.expect("HKEYS answers");
+    assert_eq!(fields().await.len(), 1003);
+    on.alone("enter", &["visited"], &["s", "r"]).await;
+    on.pass(1).await;
+    for event in 1004..=1099 {
+        on.alone("visit", &["visited"], &[&event.to_string()]).await;
+    }
+    let left = fields().await;
+    assert_eq!(left.len(), 1002, "the latest thousand, a session and the generation");
+    assert!((1004..=1099).all(|event| left.contains(&format!("e:{event}"))) && left.contains(&"s".to_owned()));
+    assert_eq!(on.alone("leave", &["visited"], &["s", "r", ""]).await[2..4], ["0", "0"], "events are no sessions");
 
     let beat = async |replica: &str, lease: &str, report: &str| {
         let keys = ["leases", "reports", "events", "dead", "epoch"];

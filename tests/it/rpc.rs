@@ -367,6 +367,8 @@ async fn what_happened_to_orders(url: &str) {
         Some(FeedItem::Personal(user, message)) => (user, message),
         other => panic!("{what}: {other:?}"),
     };
+    let confirmed = Personal::Confirmed { lock: lock.parse().expect("an id"), order: Some(order_id("55")) };
+    assert_eq!(personal("confirmed, for replicas").await, (user(123), confirmed));
     let told = |result, order_is_number| {
         let order = order_id("55");
         let (category, quantity) = (category(1), quantity(2));
