@@ -273,7 +273,10 @@ async fn fleet_replies(on: &Bench) {
     let dead = on.alone("due", &["dead"], &["4", "5000"]).await;
     assert_eq!(dead[3..], ["r"]);
     assert_eq!(on.alone("drop", &["dead"], &["r", "1"]).await, ["rewritten"]);
+    let buried = async || on.client.zcard::<u64, _>("dead").await.expect("ZCARD answers");
+    assert_eq!(buried().await, 1);
     assert_eq!(on.alone("drop", &["dead"], &["r", &dead[2]]).await, ["dropped"]);
+    assert_eq!(buried().await, 0);
     assert_eq!(beat("q", "0", "e3").await, ["alive", "1", "e1"], "gone without a word left");
     assert_eq!(on.alone("due", &["dead"], &["4", "5000"]).await[3..], ["q"], "and looked after");
 }
