@@ -245,19 +245,26 @@ async fn fleet_replies(on: &Bench) {
     assert_eq!(on.alone("forget", &["visited"], &["1"]).await, ["forgotten"]);
     let entered = on.alone("enter", &["sessions"], &["s", "r"]).await;
     assert_eq!((entered[0].as_str(), &entered[1]), ("entered", &(on.now_ms.get() * 1000).to_string()));
-    assert_eq!(on.alone("enter", &["sessions"], &["t", "r"]).await[0], "entered");
+    let second = on.alone("enter", &["sessions"], &["t", "r"]).await;
+    assert_eq!(second[0], "entered");
     let left = on.alone("leave", &["sessions"], &["s", "r", ""]).await;
     assert_eq!((left[0].as_str(), &left[2], &left[3]), ("left", &"1".to_owned(), &"1".to_owned()));
+    assert!(on.server.pttl("sessions").await > 90_000_000, "one is there: a week");
     assert_eq!(left[1], (on.now_ms.get() * 1000 + 2).to_string(), "rises within a microsecond");
     let forgotten = on.alone("leave", &["forgotten"], &["s", "r", ""]).await;
     assert_eq!(forgotten[1], (on.now_ms.get() * 1000).to_string(), "rises also when Redis has lost what was before");
-    let left = on.alone("leave", &["sessions"], &["", "r", &left[4]]).await;
+    let left = on.alone("leave", &["sessions"], &["", "r", &second[1]]).await;
     assert_eq!(left[2..4], ["1", "1"], "it began at that very time");
+    let field =
+        async |name: &str| on.client.hget::<Option<String>, _, _>("sessions", name).await.expect("HGET answers");
+    assert_eq!(field("#").await.as_ref(), Some(&left[1]));
     on.pass(1).await;
     let left = on.alone("leave", &["sessions"], &["", "other", "9000000000000000"]).await;
     assert_eq!(left[2..4], ["1", "0"], "of another replica");
     let left = on.alone("leave", &["sessions"], &["", "r", &left[4]]).await;
     assert_eq!(left[2..4], ["0", "0"]);
+    assert_eq!(field("t").await, None);
+    assert!(on.server.pttl("sessions").await <= 90_000_000, "nobody is there: a day");
     assert_eq!(on.alone("host", &["hosted"], &["7"]).await, ["hosted"]);
     assert_eq!(on.alone("unhost", &["hosted"], &["7", &left[4]]).await, ["unhosted", "1"], "began since");
     on.pass(1).await;
