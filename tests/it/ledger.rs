@@ -717,6 +717,9 @@ on_both! {
         assert_eq!(on.counts(event(1), 1).await, (4, 0, 0));
         let late = RestoreRequest { lock: LockId::generate(event(1)), ..lost };
         assert_eq!(restore(&late).await, RestoreOutcome::Expired);
+        on.grant(event(1), 1, 8, 4).await;
+        on.step(TTL).await;
+        assert_eq!(restore(&super::lost(on, 7, 4, Kept::Attended)).await, RestoreOutcome::Restored, "what is due is ended first");
     }
 
     /// A pinned lock comes back pinned, and a sale that no snapshot shows yet comes back as one.
@@ -733,6 +736,8 @@ on_both! {
         let sold = lost(on, 8, 3, Kept::Confirmed { order: Some(order.clone()) });
         assert_eq!(on.ledger.restore(&sold).await.unwrap(), RestoreOutcome::Restored);
         assert_eq!(on.counts(event(1), 1).await, (4, 2, 3));
+        let much = RestoreRequest { quantity: quantity(5), ..lost(on, 9, 1, Kept::Attended) };
+        assert_eq!(on.ledger.restore(&much).await.unwrap(), RestoreOutcome::NoRoom, "what is sold is not free");
         let confirm = async |order| on.ledger.confirm(sold.lock, None, Some(&order)).await.unwrap();
         assert_eq!(confirm(order).await, ConfirmOutcome::AlreadyConfirmed);
         assert_eq!(confirm(order_id("B")).await, ConfirmOutcome::OtherOrder);

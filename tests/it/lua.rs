@@ -209,6 +209,12 @@ async fn restore_replies(on: &Bench) {
     assert_eq!(restore("lock-6", "12", "1", now, "attended", "").await, "expired");
     assert_eq!(restore("lock-6", "12", "1", now + 1000, "attended", "").await, "stock_unknown");
     on.stock(&["1", "9", "9", "0", "2", "9", "0", "1", "3", "9", "9", "0"]).await;
+    on.pass(600_001).await;
+    let now = on.now_ms.get();
+    assert_eq!(restore("lock-6", "12", "1", now + 1000, "attended", "").await, "stock_unknown");
+    on.stock(&["1", "9", "9", "0", "2", "9", "0", "1", "3", "9", "9", "0"]).await;
+    on.pass(600_000).await;
+    let now = on.now_ms.get();
     assert_eq!(restore("lock-6", "12", "10", now + 1000, "attended", "").await, "no_room");
     assert_eq!(restore("lock-6", "12", "1", now + 1000, "attended", "").await, "restored", "though it is closed");
     assert_eq!(restore("lock-7", "12", "1", now + 1000, "pinned", "").await, "no_room", "one lock in a category");
@@ -276,7 +282,13 @@ async fn fleet_replies(on: &Bench) {
     assert_eq!(beat("r", "5000", "e1").await, ["alive", "0", "e1", "1 2"]);
     assert_eq!(beat("r", "5000", "e2").await, ["alive", "1", "e1", "1 2"]);
     on.pass(5000).await;
+    assert_eq!(beat("r", "5000", "e2").await, ["alive", "0", "e1", "1 2"], "it ran out this very millisecond");
+    on.pass(5000).await;
     assert_eq!(beat("q", "5000", "e3").await, ["alive", "0", "e1", "1 2"], "r is dead");
+    beat("r", "5000", "e3").await;
+    assert_eq!(on.client.zcard::<u64, _>("dead").await.expect("ZCARD answers"), 0, "r was only slow");
+    on.pass(5000).await;
+    beat("q", "5000", "e3").await;
     let dead = on.alone("due", &["dead"], &["4", "5000"]).await;
     assert_eq!(dead[3..], ["r"]);
     assert_eq!(on.alone("drop", &["dead"], &["r", "1"]).await, ["rewritten"]);
