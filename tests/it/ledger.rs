@@ -736,6 +736,10 @@ on_both! {
         let sold = lost(on, 8, 3, Kept::Confirmed { order: Some(order.clone()) });
         assert_eq!(on.ledger.restore(&sold).await.unwrap(), RestoreOutcome::Restored);
         assert_eq!(on.counts(event(1), 1).await, (4, 2, 3));
+        let found = on.ledger.find(sold.lock).await.unwrap().unwrap();
+        assert_eq!((found.user, found.category, found.quantity), (sold.user, sold.category, sold.quantity));
+        assert_eq!((found.created_at, found.deadline, found.session), (sold.created_at, sold.deadline, sold.session));
+        assert_eq!((found.status, found.order, found.version), (LockStatus::Confirmed, Some(order.clone()), Some(START_US + 2)));
         let much = RestoreRequest { quantity: quantity(5), ..lost(on, 9, 1, Kept::Attended) };
         assert_eq!(on.ledger.restore(&much).await.unwrap(), RestoreOutcome::NoRoom, "what is sold is not free");
         let confirm = async |order| on.ledger.confirm(sold.lock, None, Some(&order)).await.unwrap();

@@ -109,7 +109,6 @@ fn documented(script: &Script) -> BTreeSet<String> {
 }
 
 /// Each documented reply is provoked once, and nothing else was ever answered.
-#[expect(clippy::too_many_lines, reason = "one bench that sees every reply")]
 #[tokio::test]
 async fn every_documented_reply_is_reached() {
     let on = Bench::new().await;
