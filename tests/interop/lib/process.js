@@ -8,16 +8,21 @@ const { within } = require('./wait.js');
 const LOG_LINES_MAX = 2000;
 const running = new Set();
 
+let tried = 0;
+
 /** A free TCP port of the loopback interface. */
-function freePort() {
-  return new Promise((resolve, reject) => {
+async function freePort() {
+  for (;;) {
+    // Below the ports that systems give to connections, and each process looks somewhere else: nobody takes it meanwhile.
+    const port = 10_000 + (process.pid * 61 + tried++) % 20_000;
     const server = net.createServer();
-    server.on('error', reject);
-    server.listen(0, '127.0.0.1', () => {
-      const { port } = server.address();
-      server.close(() => resolve(port));
+    const free = await new Promise((resolve) => {
+      server.once('error', () => resolve(false));
+      server.listen(port, '127.0.0.1', () => server.close(() => resolve(true)));
     });
-  });
+    if (free) return port;
+    if (tried > 20_000) throw new Error('no free port');
+  }
 }
 
 /** True when something accepts connections there. */

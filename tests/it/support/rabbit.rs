@@ -1,6 +1,5 @@
 //! A RabbitMQ of the test's own.
 
-use std::net::{Ipv4Addr, TcpListener};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -9,6 +8,8 @@ use std::time::{Duration, Instant};
 use lapin::{Connection, ConnectionProperties};
 use tempfile::TempDir;
 use tokio::time::timeout;
+
+use super::free_port;
 
 /// A single node takes about five seconds of processor time to start; test machines are small and busy.
 const START_TIMEOUT: Duration = Duration::from_secs(90);
@@ -33,7 +34,7 @@ impl RabbitServer {
     /// Starts one and waits until it answers.
     pub async fn start() -> Self {
         let folder = tempfile::tempdir().expect("a temporary folder");
-        let [port, cluster_port, names_port] = free_ports();
+        let [port, cluster_port, names_port] = [(); 3].map(|()| free_port());
         // Erlang terms are read at once; the usual `key = value` form costs a second of translation.
         let config = format!(
             "[{{rabbit, [{{tcp_listeners, [{{\"127.0.0.1\", {port}}}]}}, {{loopback_users, []}},\
@@ -169,10 +170,4 @@ fn signal(child: &Child, name: &str) {
 fn script_path(script: &str) -> PathBuf {
     let plain = SCRIPT_FOLDERS.iter().map(|folder| Path::new(folder).join(script)).find(|path| path.exists());
     plain.unwrap_or_else(|| PathBuf::from(script))
-}
-
-/// Free when asked, each another. A process that takes one before the server does makes it fail to start, with its log.
-fn free_ports<const N: usize>() -> [u16; N] {
-    let listeners = [(); N].map(|()| TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port"));
-    listeners.map(|listener| listener.local_addr().expect("an address").port())
 }
