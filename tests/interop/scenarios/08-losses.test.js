@@ -133,6 +133,7 @@ scenario('a replica dies, another hangs: buyers find their locks, tickets of tho
   await watcher.update(GOLD, (u) => u.availableTickets === 6, { within: LEASE_MS + grace + 9000, what: 'two tickets back' });
   const late = Date.now() - died;
   assert.ok(late >= grace, `the tickets were back after ${late} ms`);
+  await watcher.next('tickets-released-by-other-user');
   const moved = watcher.all('tickets-released-by-other-user');
   assert.deepEqual(moved.map(({ quantity, reason }) => ({ quantity, reason })), [{ quantity: 2, reason: 'abandoned' }]);
   for (const [client, grant] of [[again, grants[0]], [phone, grants[2]]]) {
