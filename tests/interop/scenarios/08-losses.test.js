@@ -7,7 +7,6 @@
 const assert = require('node:assert/strict');
 const check = require('../lib/check.js');
 const { scenario } = require('../lib/scenario.js');
-const { setTimeout: sleep } = require('node:timers/promises');
 const { until } = require('../lib/wait.js');
 
 const EVENT = 1;
@@ -55,7 +54,7 @@ scenario('redis comes back empty: buyers keep their locks, and who cannot is tol
     return answer.code === 'unavailable' ? undefined : answer;
   }, 50);
 
-  const told = await third.next('lock-expired', { within: 8000 });
+  const told = await third.next('lock-expired', { within: 12_000 });
   assert.deepEqual(told, { lockId: grants[2].lockId, eventId: EVENT, categoryId: SILVER, quantity: 5 });
   for (const [i, client] of [first, second].entries()) {
     const locks = await until(5000, `${client.name} has its lock back`, async () => {
@@ -67,7 +66,7 @@ scenario('redis comes back empty: buyers keep their locks, and who cannot is tol
     assert.equal(record.expiresAt, before[i].expiresAt);
     assert.ok(record.version > before[i].version, 'a new and higher fencing token');
   }
-  assert.ok(Date.now() - back < 8000, `restored ${Date.now() - back} ms after Redis was back`);
+  assert.ok(Date.now() - back < 15_000, `restored ${Date.now() - back} ms after Redis was back`);
   assert.deepEqual(await mine(third), []);
   assert.ok([first, second, third, fourth].every(({ socket }) => socket.connected), 'sockets stayed');
   check.refused(await snatched, 'insufficient_tickets');
@@ -151,10 +150,11 @@ scenario('a replica dies, another hangs: buyers find their locks, tickets of tho
     return Date.parse(lock.expiresAt) - Date.now() < grace;
   }, 500);
   b.process.signal('SIGCONT');
-  await sleep(2500);
+  await until(8000, 'the grace is taken back', async () => {
+    const [lock] = await mine(phone);
+    assert.equal(lock?.lockId, grants[2].lockId);
+    return Date.parse(lock.expiresAt) - Date.now() > grace;
+  }, 200);
   assert.ok(again.socket.connected && phone.socket.connected, 'sockets stayed');
-  const [lock] = await mine(phone);
-  assert.equal(lock?.lockId, grants[2].lockId);
-  assert.ok(Date.parse(lock.expiresAt) - Date.now() > 10_000, `the grace was taken back: ${lock.expiresAt}`);
   assert.equal((await witness.ask('heartbeat')).timestamp.length, 24);
 }, { timeout: 90_000 });
