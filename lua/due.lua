@@ -1,9 +1,9 @@
--- due: claim the events that the sweep should look at now.
+-- due: claim what should be looked at now: events by the sweep, dead replicas by whoever is left.
 --
--- A claim moves the event a little into the future, so that other replicas pass it by; if the claimer dies, it is due
+-- A claim moves the member a little into the future, so that other replicas pass it by; if the claimer dies, it is due
 -- again soon.
 --
--- KEYS[1] due       zset   events by when the sweep should look, ms
+-- KEYS[1] due       zset   events or replicas by when they should be looked at, ms
 -- ARGV[1] limit     integer
 -- ARGV[2] claim_ms  integer
 --

@@ -293,11 +293,12 @@ impl Book {
     /// Writes down again a lock that a replica remembers, if there is nothing of it here and its tickets are free.
     pub fn restore(&mut self, now: Now, asked: &RestoreRequest, out: &mut Vec<Announcement>) -> RestoreOutcome {
         self.expire_due(now, out);
-        if self.locks.contains_key(&asked.lock) {
+        let memento = &asked.memento;
+        if self.locks.contains_key(&memento.lock) {
             return RestoreOutcome::Known;
         }
-        let (id, user, category, quantity) = (asked.lock, asked.user, asked.category, asked.quantity);
-        let (state, order) = match &asked.kept {
+        let (id, user, category, quantity) = (memento.lock, asked.user, memento.category, memento.quantity);
+        let (state, order) = match &memento.kept {
             Kept::Attended => (State::Active(Hold::Attended), None),
             Kept::Pinned => (State::Active(Hold::Pinned), None),
             Kept::Confirmed { order } => {
@@ -305,7 +306,7 @@ impl Book {
             }
         };
         let active = matches!(state, State::Active(_));
-        if active && asked.deadline <= now.instant() {
+        if active && memento.deadline <= now.instant() {
             return RestoreOutcome::Expired;
         }
         if !self.stock_is_known(now, asked.stock_age_max) {
@@ -326,12 +327,12 @@ impl Book {
             user,
             category,
             quantity,
-            created_at: asked.created_at,
-            deadline: asked.deadline,
-            full_deadline: asked.deadline,
+            created_at: memento.created_at,
+            deadline: memento.deadline,
+            full_deadline: memento.deadline,
             generation: asked.generation,
             version,
-            session: asked.session,
+            session: memento.session,
             order: order.cloned(),
             state,
             forget_at: (!active).then(|| now.after(CONFIRMED_TOMBSTONE)),
@@ -340,9 +341,9 @@ impl Book {
         *self.held.entry(user).or_default() += quantity.wide();
         if active {
             self.holders.insert((user, category), id);
-            self.deadlines.insert((asked.deadline, id));
-            if let Some(name) = &asked.request {
-                let forget_at = Instant::from_ms(asked.deadline.as_ms().saturating_add(whole_ms(TOMBSTONE)));
+            self.deadlines.insert((memento.deadline, id));
+            if let Some(name) = &memento.request {
+                let forget_at = Instant::from_ms(memento.deadline.as_ms().saturating_add(whole_ms(TOMBSTONE)));
                 self.requests.insert((user, name.clone()), RequestRecord { lock: id, category, quantity, forget_at });
             }
         } else {

@@ -18,7 +18,7 @@ pub use lock::{Instant, Lock, LockStatus, ReleaseReason};
 pub use notice::{Announcement, Change, ChangeKind, Notice};
 pub use outcome::{
     AcceptOutcome, AskOutcome, CategoryStock, ConfirmOutcome, FleetStats, Grant, Kept, LockOutcome, LockRequest,
-    OrderOutcome, OrderReport, OrderResult, Personal, RateLimit, ReleaseOutcome, Releaser, ReplicaReport,
+    Memento, OrderOutcome, OrderReport, OrderResult, Personal, RateLimit, ReleaseOutcome, Releaser, ReplicaReport,
     RestoreOutcome, RestoreRequest, Snapshot, SnapshotNumber, ValidateOutcome, ValidateRequest,
 };
 pub use quantity::{Quantity, QuantityError};

@@ -56,13 +56,11 @@ pub enum Kept {
     },
 }
 
-/// A lock as a replica remembers it, for a ledger that may have lost it with its data.
+/// A lock as a replica remembers it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct RestoreRequest {
+pub struct Memento {
     /// Which lock; names its event.
     pub lock: LockId,
-    /// Whose.
-    pub user: UserId,
     /// The class of tickets.
     pub category: CategoryId,
     /// How many.
@@ -77,6 +75,15 @@ pub struct RestoreRequest {
     pub request: Option<RequestId>,
     /// The session that asked for it, where that is known.
     pub session: Option<SessionId>,
+}
+
+/// A remembered lock, for a ledger that may have lost it with its data.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RestoreRequest {
+    /// Whose.
+    pub user: UserId,
+    /// What is remembered.
+    pub memento: Memento,
     /// The user's presence generation now.
     pub generation: u64,
     /// The oldest stock snapshot that may decide.

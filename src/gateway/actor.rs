@@ -12,7 +12,6 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, sleep_until, timeout, timeout_at};
 
 use super::auth::Claims;
-use super::keep::Memento;
 use super::session::{Answer, Ending, Incoming, Sent, Session};
 use super::wire::{self, About, Code, Json, Name, Refusal};
 use super::{Shared, now};
@@ -404,27 +403,17 @@ impl Shared {
     /// cannot be had back.
     async fn hand_back(&self, user: UserId, presence: &Presence) -> Result<(), StockError> {
         for memento in self.keep.of(user) {
-            if presence.locks.iter().any(|lock| lock.id == memento.id) {
+            let (id, category, quantity, kept) =
+                (memento.lock, memento.category, memento.quantity, memento.kept.clone());
+            if presence.locks.iter().any(|lock| lock.id == id) {
                 // An older copy of the data may not know of the sale yet.
-                if let Kept::Confirmed { order } = &memento.kept {
-                    self.ledger.confirm(memento.id, Some(user), order.as_ref()).await?;
+                if let Kept::Confirmed { order } = &kept {
+                    self.ledger.confirm(id, Some(user), order.as_ref()).await?;
                 }
                 continue;
             }
-            let Memento { id, category, quantity, created_at, deadline, kept, request, session } = memento;
-            let asked = RestoreRequest {
-                lock: id,
-                user,
-                category,
-                quantity,
-                created_at,
-                deadline,
-                kept: kept.clone(),
-                request,
-                session,
-                generation: presence.generation,
-                stock_age_max: self.options.stock_age_max,
-            };
+            let (generation, stock_age_max) = (presence.generation, self.options.stock_age_max);
+            let asked = RestoreRequest { user, memento, generation, stock_age_max };
             let outcome = match self.stock.restore(asked).await {
                 Ok(outcome) => outcome,
                 Err(StockError::EventNotFound) => RestoreOutcome::NoRoom,

@@ -8,15 +8,14 @@ use serde_json::value::RawValue;
 use tokio::time::{Instant, timeout_at};
 
 use super::actor::{Actor, Watching};
-use super::keep::Memento;
 use super::limits::ROOMS_MAX;
 use super::now;
 use super::rooms::room_of;
 use super::session::Answer;
 use super::wire::{self, About, Code, Json, Name, Refusal, Request};
 use crate::domain::{
-    self, Availability, CategoryId, EventId, Kept, Lock, LockId, LockOutcome, LockRequest, LockStatus, Quantity,
-    ReleaseOutcome, Releaser, RequestId,
+    self, Availability, CategoryId, EventId, Kept, Lock, LockId, LockOutcome, LockRequest, LockStatus, Memento,
+    Quantity, ReleaseOutcome, Releaser, RequestId,
 };
 use crate::inventory::StockError;
 use crate::ledger::LedgerError;
@@ -197,8 +196,8 @@ impl Actor {
         match outcome {
             LockOutcome::Granted(grant) | LockOutcome::GrantedBefore(grant) => {
                 let answer = wire::granted(&grant, category, quantity, request.as_ref());
-                let (id, created_at, deadline, kept) = (grant.lock, grant.now, grant.deadline, Kept::Attended);
-                let memento = Memento { id, category, quantity, created_at, deadline, kept, request, session };
+                let (lock, created_at, deadline, kept) = (grant.lock, grant.now, grant.deadline, Kept::Attended);
+                let memento = Memento { lock, category, quantity, created_at, deadline, kept, request, session };
                 self.shared.keep.granted(user, memento);
                 Ok(answer)
             }

@@ -7,25 +7,10 @@ use std::collections::HashMap;
 use std::sync::Mutex;
 
 use super::lock;
-use crate::domain::{
-    CategoryId, Instant, Kept, Lock, LockId, LockStatus, Personal, Quantity, RequestId, SessionId, UserId,
-};
+use crate::domain::{Kept, Lock, LockId, LockStatus, Memento, Personal, UserId};
 
 /// Locks remembered of one user. Nobody has so many; beyond it later ones are not remembered.
 const PER_USER_MAX: usize = 256;
-
-/// One remembered lock.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Memento {
-    pub id: LockId,
-    pub category: CategoryId,
-    pub quantity: Quantity,
-    pub created_at: Instant,
-    pub deadline: Instant,
-    pub kept: Kept,
-    pub request: Option<RequestId>,
-    pub session: Option<SessionId>,
-}
 
 /// The remembered locks of users with a socket here.
 #[derive(Debug, Default)]
@@ -38,7 +23,7 @@ impl Keep {
     pub fn granted(&self, user: UserId, memento: Memento) {
         let mut users = lock(&self.users);
         let locks = users.entry(user).or_default();
-        if let Some(known) = locks.iter_mut().find(|known| known.id == memento.id) {
+        if let Some(known) = locks.iter_mut().find(|known| known.lock == memento.lock) {
             *known = memento;
         } else if locks.len() < PER_USER_MAX {
             locks.push(memento);
@@ -53,11 +38,11 @@ impl Keep {
         let mut users = lock(&self.users);
         let locks = users.entry(user).or_default();
         for active in listed.iter().filter(|active| active.status == LockStatus::Active) {
-            if let Some(known) = locks.iter_mut().find(|known| known.id == active.id) {
+            if let Some(known) = locks.iter_mut().find(|known| known.lock == active.id) {
                 known.deadline = active.deadline;
             } else if locks.len() < PER_USER_MAX {
                 locks.push(Memento {
-                    id: active.id,
+                    lock: active.id,
                     category: active.category,
                     quantity: active.quantity,
                     created_at: active.created_at,
@@ -75,14 +60,16 @@ impl Keep {
         let mut users = lock(&self.users);
         let Some(locks) = users.get_mut(&user) else { return };
         match message {
-            Personal::Expired { lock, .. } | Personal::Released { lock, .. } => locks.retain(|known| known.id != *lock),
+            Personal::Expired { lock, .. } | Personal::Released { lock, .. } => {
+                locks.retain(|known| known.lock != *lock);
+            }
             Personal::Pinned { lock, deadline } => {
-                if let Some(known) = locks.iter_mut().find(|known| known.id == *lock) {
+                if let Some(known) = locks.iter_mut().find(|known| known.lock == *lock) {
                     (known.kept, known.deadline) = (Kept::Pinned, *deadline);
                 }
             }
             Personal::Confirmed { lock, order } => {
-                if let Some(known) = locks.iter_mut().find(|known| known.id == *lock) {
+                if let Some(known) = locks.iter_mut().find(|known| known.lock == *lock) {
                     known.kept = Kept::Confirmed { order: order.clone() };
                 }
             }
@@ -90,7 +77,7 @@ impl Keep {
             Personal::Order { order: reported, event, category, .. } => locks.retain(|known| {
                 let sold = match &known.kept {
                     Kept::Confirmed { order: Some(order) } => order == reported,
-                    Kept::Confirmed { order: None } => (known.id.event(), known.category) == (*event, *category),
+                    Kept::Confirmed { order: None } => (known.lock.event(), known.category) == (*event, *category),
                     Kept::Attended | Kept::Pinned => false,
                 };
                 !sold
@@ -104,7 +91,7 @@ impl Keep {
         let mut users = lock(&self.users);
         let Some(locks) = users.get_mut(&user) else { return false };
         let before = locks.len();
-        locks.retain(|known| known.id != id);
+        locks.retain(|known| known.lock != id);
         locks.len() < before
     }
 
@@ -122,7 +109,7 @@ impl Keep {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::domain::{EventId, OrderId, OrderResult, ReleaseReason};
+    use crate::domain::{CategoryId, EventId, Instant, OrderId, OrderResult, Quantity, ReleaseReason};
 
     fn user() -> UserId {
         UserId::new(7).expect("an id")
@@ -130,7 +117,7 @@ mod tests {
 
     fn memento(id: LockId) -> Memento {
         Memento {
-            id,
+            lock: id,
             category: CategoryId::new(4).expect("an id"),
             quantity: Quantity::new(2).expect("a quantity"),
             created_at: Instant::from_ms(1),

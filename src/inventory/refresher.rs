@@ -296,7 +296,7 @@ impl Stock {
     /// # Errors
     /// [`StockError`], when there is no outcome.
     pub async fn restore(&self, request: RestoreRequest) -> Result<RestoreOutcome, StockError> {
-        let (event, age) = (request.lock.event(), request.stock_age_max);
+        let (event, age) = (request.memento.lock.event(), request.stock_age_max);
         let ledger = &self.shared.ledger;
         self.shared
             .with_stock(event, age, |age| {

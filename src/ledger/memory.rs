@@ -139,7 +139,7 @@ impl Ledger for MemoryLedger {
     }
 
     async fn restore(&self, request: &RestoreRequest) -> Result<RestoreOutcome, LedgerError> {
-        let event = request.lock.event();
+        let event = request.memento.lock.event();
         let outcome = self.with_book(event, |book, now, out| book.restore(now, request, out));
         if outcome == RestoreOutcome::Restored {
             let (mut state, _) = self.enter_state();

@@ -448,28 +448,29 @@ impl Ledger for RedisLedger {
     }
 
     async fn restore(&self, request: &RestoreRequest) -> Result<RestoreOutcome, LedgerError> {
-        let event = request.lock.event();
-        let own = key::lock(request.lock);
-        let (state, order) = match &request.kept {
+        let memento = &request.memento;
+        let event = memento.lock.event();
+        let own = key::lock(memento.lock);
+        let (state, order) = match &memento.kept {
             Kept::Attended => ("attended", None),
             Kept::Pinned => ("pinned", None),
             Kept::Confirmed { order } => ("confirmed", order.as_ref()),
         };
-        let named = request.request.as_ref().map(|name| key::request(event, request.user, name));
+        let named = memento.request.as_ref().map(|name| key::request(event, request.user, name));
         let keys = [
             own.clone(),
             named.clone().unwrap_or_else(|| own.clone()),
             order.map_or(own, |order| key::order(event, order)),
         ];
         let args = [
-            request.lock.to_string(),
+            memento.lock.to_string(),
             request.user.to_string(),
-            request.category.to_string(),
-            request.quantity.to_string(),
-            request.created_at.as_ms().to_string(),
-            request.deadline.as_ms().to_string(),
+            memento.category.to_string(),
+            memento.quantity.to_string(),
+            memento.created_at.as_ms().to_string(),
+            memento.deadline.as_ms().to_string(),
             ms(request.stock_age_max),
-            text(request.session),
+            text(memento.session),
             request.generation.to_string(),
             state.to_owned(),
             text(order),
@@ -481,7 +482,7 @@ impl Ledger for RedisLedger {
         self.visit(request.user, event).await?;
         let (outcome, reported) = reply::restore(&self.event(&script::RESTORE, event, keys, args).await?)?;
         if reported && let Some(order) = order {
-            self.match_order(order, request.lock, request.category, request.quantity, request.user).await?;
+            self.match_order(order, memento.lock, memento.category, memento.quantity, request.user).await?;
         }
         Ok(outcome)
     }

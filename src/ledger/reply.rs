@@ -383,11 +383,10 @@ pub(super) fn unhosted(mut parts: Parts) -> Result<u64, LedgerError> {
     }
 }
 
-/// True when the member was taken out.
-pub(super) fn dropped(parts: &Parts) -> Result<bool, LedgerError> {
+/// Whether the member was taken out or had been written since makes no difference to whoever asked.
+pub(super) fn dropped(parts: &Parts) -> Result<(), LedgerError> {
     match parts.word() {
-        "dropped" => Ok(true),
-        "rewritten" => Ok(false),
+        "dropped" | "rewritten" => Ok(()),
         _ => Err(parts.unexpected()),
     }
 }

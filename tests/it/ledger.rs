@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use seatlock::domain::{
-    AcceptOutcome, AskOutcome, ConfirmOutcome, Instant, Kept, LockId, LockOutcome, LockStatus, OrderOutcome,
+    AcceptOutcome, AskOutcome, ConfirmOutcome, Instant, Kept, LockId, LockOutcome, LockStatus, Memento, OrderOutcome,
     OrderResult, Personal, RateLimit, ReleaseOutcome, ReleaseReason, Releaser, RestoreOutcome, RestoreRequest,
     SessionId, SnapshotNumber, ValidateOutcome, ValidateRequest,
 };
@@ -58,9 +58,8 @@ fn owner(user_id: u64) -> Releaser {
 /// A lock as a replica would remember it, granted now.
 fn lost(on: &Stepped, user_id: u64, n: u64, kept: Kept) -> RestoreRequest {
     let created_at = Instant::from_ms(on.now_us() / 1000);
-    RestoreRequest {
+    let memento = Memento {
         lock: LockId::generate(event(1)),
-        user: user(user_id),
         category: category(1),
         quantity: quantity(n),
         created_at,
@@ -68,9 +67,8 @@ fn lost(on: &Stepped, user_id: u64, n: u64, kept: Kept) -> RestoreRequest {
         kept,
         request: Some("try-1".parse().expect("a request id")),
         session: Some(SessionId::generate()),
-        generation: 0,
-        stock_age_max: Duration::from_mins(10),
-    }
+    };
+    RestoreRequest { user: user(user_id), memento, generation: 0, stock_age_max: Duration::from_mins(10) }
 }
 
 const ORDERS: Releaser = Releaser::Orders { user: None };
@@ -695,27 +693,27 @@ on_both! {
         assert_eq!(restore(&lost).await, RestoreOutcome::StockUnknown);
         on.stock(event(1), &[(1, 9, 4)]).await;
         let other = on.grant(event(1), 1, 8, 2).await;
-        assert_eq!(restore(&RestoreRequest { quantity: quantity(3), ..lost.clone() }).await, RestoreOutcome::NoRoom);
+        assert_eq!(restore(&RestoreRequest { memento: Memento { quantity: quantity(3), ..lost.memento.clone() }, ..lost.clone() }).await, RestoreOutcome::NoRoom);
         assert_eq!(restore(&RestoreRequest { user: user(8), ..lost.clone() }).await, RestoreOutcome::NoRoom, "has one");
-        assert_eq!(restore(&RestoreRequest { category: category(2), ..lost.clone() }).await, RestoreOutcome::NoRoom);
+        assert_eq!(restore(&RestoreRequest { memento: Memento { category: category(2), ..lost.memento.clone() }, ..lost.clone() }).await, RestoreOutcome::NoRoom);
         assert_eq!(restore(&lost).await, RestoreOutcome::Restored);
         assert_eq!(restore(&lost).await, RestoreOutcome::Known, "a repeat");
         assert_eq!(on.counts(event(1), 1).await, (0, 4, 0));
         let (found, others) =
-            (on.ledger.find(lost.lock).await.unwrap().unwrap(), on.ledger.find(other).await.unwrap().unwrap());
-        assert_eq!((found.created_at, found.deadline, found.session), (lost.created_at, lost.deadline, lost.session));
+            (on.ledger.find(lost.memento.lock).await.unwrap().unwrap(), on.ledger.find(other).await.unwrap().unwrap());
+        assert_eq!((found.created_at, found.deadline, found.session), (lost.memento.created_at, lost.memento.deadline, lost.memento.session));
         assert!(found.version > others.version, "a higher fencing token");
         assert_eq!(on.ledger.locks_of(user(7)).await.unwrap().len(), 1, "found again by its user");
         let mut again = request(event(1), 1, 7, 2);
-        again.request = lost.request.clone();
+        again.request = lost.memento.request.clone();
         let repeated = on.ledger.lock(&again).await.unwrap();
-        assert!(matches!(repeated, LockOutcome::GrantedBefore(grant) if grant.lock == lost.lock), "{repeated:?}");
+        assert!(matches!(repeated, LockOutcome::GrantedBefore(grant) if grant.lock == lost.memento.lock), "{repeated:?}");
         assert!(matches!(on.ledger.release(other, owner(8)).await.unwrap(), ReleaseOutcome::Released(_)));
-        assert_eq!(restore(&RestoreRequest { lock: other, ..lost.clone() }).await, RestoreOutcome::Known, "it ended");
+        assert_eq!(restore(&RestoreRequest { memento: Memento { lock: other, ..lost.memento.clone() }, ..lost.clone() }).await, RestoreOutcome::Known, "it ended");
         on.step(TTL).await;
         assert_eq!(on.ledger.sweep().await.unwrap().expired, 1);
         assert_eq!(on.counts(event(1), 1).await, (4, 0, 0));
-        let late = RestoreRequest { lock: LockId::generate(event(1)), ..lost };
+        let late = RestoreRequest { memento: Memento { lock: LockId::generate(event(1)), ..lost.memento }, ..lost };
         assert_eq!(restore(&late).await, RestoreOutcome::Expired);
         on.grant(event(1), 1, 8, 4).await;
         on.step(TTL).await;
@@ -730,19 +728,19 @@ on_both! {
         let session = SessionId::generate();
         on.ledger.enter(user(7), session).await.unwrap();
         on.ledger.leave(user(7), session, GRACE).await.unwrap();
-        assert_eq!(on.ledger.find(pinned.lock).await.unwrap().unwrap().deadline, pinned.deadline);
+        assert_eq!(on.ledger.find(pinned.memento.lock).await.unwrap().unwrap().deadline, pinned.memento.deadline);
 
         let order = order_id("A");
         let sold = lost(on, 8, 3, Kept::Confirmed { order: Some(order.clone()) });
         assert_eq!(on.ledger.restore(&sold).await.unwrap(), RestoreOutcome::Restored);
         assert_eq!(on.counts(event(1), 1).await, (4, 2, 3));
-        let found = on.ledger.find(sold.lock).await.unwrap().unwrap();
-        assert_eq!((found.user, found.category, found.quantity), (sold.user, sold.category, sold.quantity));
-        assert_eq!((found.created_at, found.deadline, found.session), (sold.created_at, sold.deadline, sold.session));
+        let found = on.ledger.find(sold.memento.lock).await.unwrap().unwrap();
+        assert_eq!((found.user, found.category, found.quantity), (sold.user, sold.memento.category, sold.memento.quantity));
+        assert_eq!((found.created_at, found.deadline, found.session), (sold.memento.created_at, sold.memento.deadline, sold.memento.session));
         assert_eq!((found.status, found.order, found.version), (LockStatus::Confirmed, Some(order.clone()), Some(START_US + 2)));
-        let much = RestoreRequest { quantity: quantity(5), ..lost(on, 9, 1, Kept::Attended) };
+        let much = lost(on, 9, 5, Kept::Attended);
         assert_eq!(on.ledger.restore(&much).await.unwrap(), RestoreOutcome::NoRoom, "what is sold is not free");
-        let confirm = async |order| on.ledger.confirm(sold.lock, None, Some(&order)).await.unwrap();
+        let confirm = async |order| on.ledger.confirm(sold.memento.lock, None, Some(&order)).await.unwrap();
         assert_eq!(confirm(order).await, ConfirmOutcome::AlreadyConfirmed);
         assert_eq!(confirm(order_id("B")).await, ConfirmOutcome::OtherOrder);
         on.ledger.order(&report(event(1), "A", 1, 8, 3, OrderResult::Completed)).await.unwrap();

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use fred::interfaces::ClientLike;
 use seatlock::domain::{
-    Kept, LockId, LockOutcome, ReplicaId, ReplicaReport, RestoreOutcome, RestoreRequest, SessionId,
+    Kept, LockId, LockOutcome, Memento, ReplicaId, ReplicaReport, RestoreOutcome, RestoreRequest, SessionId,
 };
 use seatlock::ledger::{ErrorKind, Footing, Ledger};
 
@@ -159,9 +159,8 @@ async fn lost_data_is_noticed_and_locks_are_handed_back() {
     let refused = ledger.lock(&request(event(1), 1, 8, 2)).await.expect_err("others had locks before");
     assert_eq!((refused.kind(), refused.is_retryable()), (ErrorKind::Restoring, true));
     stock(ledger.as_ref(), event(1), &[(1, 9, 9)]).await;
-    let remembered = RestoreRequest {
+    let memento = Memento {
         lock: asked.lock,
-        user: asked.user,
         category: asked.category,
         quantity: asked.quantity,
         created_at: grant.now,
@@ -169,9 +168,9 @@ async fn lost_data_is_noticed_and_locks_are_handed_back() {
         kept: Kept::Attended,
         request: None,
         session: None,
-        generation: 0,
-        stock_age_max: Duration::from_mins(1),
     };
+    let stock_age_max = Duration::from_mins(1);
+    let remembered = RestoreRequest { user: asked.user, memento, generation: 0, stock_age_max };
     assert_eq!(ledger.restore(&remembered).await.unwrap(), RestoreOutcome::Restored);
     let found = ledger.find(asked.lock).await.unwrap().expect("handed back");
     assert_eq!(found.deadline, grant.deadline);
