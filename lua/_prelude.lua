@@ -149,7 +149,6 @@ local function expire_due()
       holders[user] = holder
     end
     holder.active, holder.tickets = math.max(0, holder.active - 1), math.max(0, holder.tickets - quantity)
-    tell(user, 'expired ' .. lock.lock .. ' ' .. category .. ' ' .. quantity)
   end
   local kept, gone, fewer = {}, {}, 0
   for user, holder in pairs(holders) do
@@ -168,6 +167,10 @@ local function expire_due()
   redis.call('HINCRBY', KEYS[1], '#expired', count)
   for _, row in pairs(rows) do
     save(row, table.concat(row.changes))
+  end
+  -- The rooms first: theirs is one message a category.
+  for _, lock in ipairs(locks) do
+    tell(lock.user, 'expired ' .. lock.lock .. ' ' .. lock.category .. ' ' .. lock.quantity)
   end
   keep(KEYS[1], KEYS[3])
   return count

@@ -25,7 +25,6 @@ if not held.active then return {'expired'} end
 if held.quantity < tonumber(ARGV[4]) then return {'not_found'} end
 
 local deadline = math.max(held.deadline, now + ARGV[5])
-held.full = math.max(held.full, deadline)
 held.state = 'pinned'
 redis.call('ZADD', KEYS[2], int(deadline), held.member)
 save_held(held)

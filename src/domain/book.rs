@@ -93,7 +93,7 @@ struct Record {
     quantity: Quantity,
     created_at: Instant,
     deadline: Instant,
-    /// The deadline it has while its owner is connected.
+    /// The deadline it has while its owner is connected, until it is pinned.
     full_deadline: Instant,
     /// The owner's presence generation that this lock has seen.
     generation: u64,
@@ -412,7 +412,6 @@ impl Book {
         self.deadlines.remove(&(record.deadline, id));
         self.deadlines.insert((deadline, id));
         record.deadline = deadline;
-        record.full_deadline = record.full_deadline.max(deadline);
         record.state = State::Active(Hold::Pinned);
         out.push(Announcement::User(request.user, Personal::Pinned { lock: id, deadline }));
         ValidateOutcome::Valid { lock: id, deadline }

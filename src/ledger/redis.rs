@@ -264,14 +264,23 @@ impl RedisLedger {
     }
 
     async fn sweep_event(&self, event: EventId, claimed_ms: u64) -> Result<EventSwept, LedgerError> {
-        let answer = self.event(&script::SWEEP, event, [], [ms(self.options.expiry_warning)]).await?;
-        let swept = reply::sweep(answer)?;
-        for members in swept.old.chunks(100) {
-            self.bury(event, members).await?;
-        }
+        let begun = Instant::now();
+        let mut expired = 0;
+        let swept = loop {
+            let answer = self.event(&script::SWEEP, event, [], [ms(self.options.expiry_warning)]).await?;
+            let swept = reply::sweep(answer)?;
+            for members in swept.old.chunks(100) {
+                self.bury(event, members).await?;
+            }
+            expired += swept.expired;
+            // A wave of expiries is more than one call may end: the rest at once, while the event is claimed.
+            if swept.expired == 0 || swept.next_ms != 0 || begun.elapsed() > CLAIM / 2 {
+                break swept;
+            }
+        };
         let args = vec![event.to_string(), swept.next_ms.to_string(), claimed_ms.to_string(), ms(CLAIM)];
         let planned = self.run(&script::PLAN, vec![key::DUE.to_owned(), key::EVENTS.to_owned()], args).await?;
-        Ok(EventSwept { event, expired: swept.expired, refresh: swept.refresh, next: reply::plan(planned)? })
+        Ok(EventSwept { event, expired, refresh: swept.refresh, next: reply::plan(planned)? })
     }
 
     async fn bury(&self, event: EventId, members: &[String]) -> Result<(), LedgerError> {

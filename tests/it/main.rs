@@ -4,6 +4,7 @@
 #![expect(clippy::unchecked_time_subtraction, reason = "of constants; a wrong one panics, which fails the test")]
 
 mod audit;
+mod book;
 mod config;
 mod cost;
 mod deadline;

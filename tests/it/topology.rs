@@ -5,11 +5,12 @@ mod cluster;
 mod load;
 mod sentinel;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
 use seatlock::ledger::Script;
+use tempfile::TempDir;
 
 use crate::support::cluster::Cluster;
 use crate::support::ledger::live_at;
@@ -61,24 +62,34 @@ fn the_documented_rights_are_enough_for_every_script() {
 /// A server whose certificate is signed by a CA that no system knows: with the CA's file it works, without it does not.
 #[tokio::test]
 async fn tls_with_a_ca_of_ones_own() {
-    let folder = tempfile::tempdir().expect("a temporary folder");
-    let ca = certificates(folder.path());
-    let path = |name: &str| folder.path().join(name).display().to_string();
-    let (key, certificate) = (path("server.key"), path("server.crt"));
-    let server = Node::server(
-        &[
-            ["--tls-cert-file", &certificate],
-            ["--tls-key-file", &key],
-            ["--tls-ca-cert-file", &ca.display().to_string()],
-            ["--tls-auth-clients", "no"],
-        ]
-        .concat(),
-    )
-    .await;
+    let tls = Certificates::make();
+    let server = Node::server(&tls.settings()).await;
     let url = format!("rediss://127.0.0.1:{}", server.port);
-    body::runs(live_at(url.clone(), Some(ca), LIMIT, 0)).await;
+    body::runs(live_at(url.clone(), Some(tls.ca()), LIMIT, 0)).await;
     let stranger = live_at(url, None, Duration::from_millis(500), 0);
     stranger.ping().await.expect_err("an unknown CA");
+}
+
+/// Sentinels that speak TLS too, and tell the TLS port of the master.
+#[tokio::test]
+async fn through_sentinel_over_tls() {
+    let tls = Certificates::make();
+    let settings = [&tls.settings()[..], &["--tls-replication", "yes"]].concat();
+    let sentinels = Sentinels::start_with("rediss-sentinel", &settings).await;
+    let url = with_documented_user(&sentinels.servers, &sentinels.url()).await;
+    body::runs(live_at(url, Some(tls.ca()), LIMIT, 2)).await;
+    nothing_was_denied(&sentinels.servers).await;
+}
+
+/// A cluster whose nodes know each other by their TLS ports.
+#[tokio::test]
+async fn on_a_cluster_over_tls() {
+    let tls = Certificates::make();
+    let settings = [&tls.settings()[..], &["--tls-replication", "yes", "--tls-cluster", "yes"]].concat();
+    let cluster = Cluster::start_with("rediss-cluster", &settings).await;
+    let url = with_documented_user(&cluster.nodes, &cluster.url()).await;
+    body::runs(live_at(url, Some(tls.ca()), LIMIT, 1)).await;
+    nothing_was_denied(&cluster.nodes).await;
 }
 
 #[tokio::test]
@@ -124,16 +135,38 @@ async fn ask_as(port: u16, user: &str, password: &str, words: &[&str]) -> String
     ask(port, &[&["--user", user, "--pass", password, "--no-auth-warning"], words].concat()).await
 }
 
-/// A CA and a server's certificate for the loopback address; the CA's file.
-fn certificates(folder: &Path) -> PathBuf {
-    let openssl = |words: &str| {
-        let done = Command::new("openssl").args(words.split(' ')).current_dir(folder).output();
-        let done = done.expect("openssl is installed (tests/run installs it)");
-        assert!(done.status.success(), "openssl {words}: {}", String::from_utf8_lossy(&done.stderr));
-    };
-    std::fs::write(folder.join("names"), "subjectAltName=IP:127.0.0.1\n").expect("a temporary file");
-    openssl("req -x509 -newkey rsa:2048 -nodes -keyout ca.key -out ca.crt -days 2 -subj /CN=seatlock-test-ca");
-    openssl("req -newkey rsa:2048 -nodes -keyout server.key -out server.csr -subj /CN=redis");
-    openssl("x509 -req -in server.csr -CA ca.crt -CAkey ca.key -CAcreateserial -days 2 -extfile names -out server.crt");
-    folder.join("ca.crt")
+/// A CA and a server's certificate for the loopback address, in a folder that goes with it.
+struct Certificates {
+    folder: TempDir,
+    files: [String; 3],
+}
+
+impl Certificates {
+    fn make() -> Self {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let openssl = |words: &str| {
+            let done = Command::new("openssl").args(words.split(' ')).current_dir(folder.path()).output();
+            let done = done.expect("openssl is installed (tests/run installs it)");
+            assert!(done.status.success(), "openssl {words}: {}", String::from_utf8_lossy(&done.stderr));
+        };
+        std::fs::write(folder.path().join("names"), "subjectAltName=IP:127.0.0.1\n").expect("a temporary file");
+        openssl("req -x509 -newkey rsa:2048 -nodes -keyout ca.key -out ca.crt -days 2 -subj /CN=seatlock-test-ca");
+        openssl("req -newkey rsa:2048 -nodes -keyout server.key -out server.csr -subj /CN=redis");
+        openssl(
+            "x509 -req -in server.csr -CA ca.crt -CAkey ca.key -CAcreateserial -days 2 -extfile names -out server.crt",
+        );
+        let files = ["server.crt", "server.key", "ca.crt"].map(|name| folder.path().join(name).display().to_string());
+        Self { folder, files }
+    }
+
+    /// What makes a Redis speak TLS with them.
+    fn settings(&self) -> Vec<&str> {
+        let [certificate, key, ca] = &self.files;
+        let own = ["--tls-cert-file", certificate, "--tls-key-file", key];
+        [&own[..], &["--tls-ca-cert-file", ca, "--tls-auth-clients", "no"]].concat()
+    }
+
+    fn ca(&self) -> PathBuf {
+        self.folder.path().join("ca.crt")
+    }
 }

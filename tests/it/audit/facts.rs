@@ -244,6 +244,14 @@ impl<'a> Facts<'a> {
             && !self.maybe_settled(life, when)
     }
 
+    /// Counted against its owner's limit, whatever the unanswered did: as [`Facts::counts`], and no order that may have
+    /// been the lock's was given up.
+    pub fn charged(&self, life: &Life, when: &When, at_ms: u64) -> bool {
+        let undone = |(at, report, _): &Reported| report.result == OrderResult::Cancelled && at.maybe_before(when);
+        let sold = self.maybe_confirmed(life, when).is_some();
+        self.counts(life, when, at_ms) && !(sold && self.reports_about(life).any(undone))
+    }
+
     /// Confirmed and not yet shown by any snapshot.
     pub fn settling(&self, life: &Life, when: &When) -> bool {
         life.confirmed(when) && life.maybe_released_ms(when).is_none() && !self.maybe_settled(life, when)

@@ -126,7 +126,7 @@ fn granted(facts: &Facts, when: &When, request: &LockRequest, grant: &Grant) -> 
     let own: Vec<&Life> = of_holder.map(|lock| &facts.lives[lock]).filter(first).collect();
     let twice = own.iter().any(|life| life.request.category == request.category && facts.active(life, when));
     let held: u64 =
-        own.iter().filter(|life| facts.counts(life, when, now)).map(|life| life.request.quantity.wide()).sum();
+        own.iter().filter(|life| facts.charged(life, when, now)).map(|life| life.request.quantity.wide()).sum();
 
     let answered = namesakes(facts, request).any(|(at, other, known)| {
         known && at.before(when) && when.until_ms < at.from_ms + ms(other.ttl) + TOMBSTONE_MS

@@ -12,6 +12,7 @@ const SLOTS: u16 = 16_384;
 pub struct Cluster {
     /// The first three begin as masters; the one three further on follows each.
     pub nodes: Vec<Node>,
+    scheme: &'static str,
 }
 
 /// The slot of a key.
@@ -22,6 +23,11 @@ pub fn slot(key: &str) -> u16 {
 impl Cluster {
     /// Starts the nodes, joins them and waits until all agree that everything is there.
     pub async fn start() -> Self {
+        Self::start_with("redis-cluster", &[]).await
+    }
+
+    /// The same with more settings for every node, for an address of this scheme.
+    pub async fn start_with(scheme: &'static str, more: &[&str]) -> Self {
         let mut nodes = Vec::new();
         let mut buses = Vec::new();
         for _ in 0..6 {
@@ -33,10 +39,10 @@ impl Cluster {
                 // The other masters go on while one is missing.
                 ["--cluster-require-full-coverage", "no"],
             ];
-            nodes.push(Node::server(&settings.concat()).await);
+            nodes.push(Node::server(&[settings.as_flattened(), more].concat()).await);
             buses.push(bus);
         }
-        let all = Self { nodes };
+        let all = Self { nodes, scheme };
         for (index, node) in all.nodes.iter().enumerate() {
             node.ask(&["CLUSTER", "SET-CONFIG-EPOCH", &(index + 1).to_string()]).await;
             node.ask(&["CLUSTER", "MEET", "127.0.0.1", &all.nodes[0].port.to_string(), &buses[0]]).await;
@@ -84,7 +90,8 @@ impl Cluster {
 
     /// The address for the ledger: any two nodes, because it finds the others.
     pub fn url(&self) -> String {
-        format!("redis-cluster://127.0.0.1:{}?node=127.0.0.1:{}", self.nodes[0].port, self.nodes[4].port)
+        let [one, another] = [0, 4].map(|index| self.nodes[index].port);
+        format!("{}://127.0.0.1:{one}?node=127.0.0.1:{another}", self.scheme)
     }
 
     /// Moves a slot with its keys from one master to another.

@@ -23,26 +23,25 @@ impl Node {
         let port = free_port();
         let common = ["--bind", "127.0.0.1", "--save", "", "--appendonly", "no", "--repl-diskless-sync-delay", "0"];
         let mut args: Vec<String> = common.iter().chain(more).map(ToString::to_string).collect();
-        let port_flag = if more.contains(&"--tls-cert-file") { "--tls-port" } else { "--port" };
-        if port_flag == "--tls-port" {
-            args.extend(["--port".to_owned(), "0".to_owned()]);
-        }
-        args.extend([port_flag.to_owned(), port.to_string()]);
+        let ports = if is_tls(more) { format!("--port 0 --tls-port {port}") } else { format!("--port {port}") };
+        args.extend(ports.split(' ').map(ToOwned::to_owned));
         args.extend(["--dir".to_owned(), folder.path().display().to_string()]);
         let mut node = Self { port, _folder: folder, args, child: None };
         node.restart(&[]).await;
         node
     }
 
-    /// A sentinel with this configuration.
-    pub async fn sentinel(configuration: &str) -> Self {
+    /// A sentinel with this configuration, and settings as servers take them.
+    pub async fn sentinel(configuration: &str, more: &[&str]) -> Self {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let port = free_port();
         let file = folder.path().join("sentinel.conf");
         let dir = folder.path().display();
-        let text = format!("bind 127.0.0.1\nport {port}\ndir {dir}\n{configuration}\n");
+        let ports = if is_tls(more) { format!("port 0\ntls-port {port}") } else { format!("port {port}") };
+        let text = format!("bind 127.0.0.1\n{ports}\ndir {dir}\n{configuration}\n");
         std::fs::write(&file, text).expect("a temporary file");
-        let args = vec![file.display().to_string(), "--sentinel".to_owned()];
+        let mut args = vec![file.display().to_string(), "--sentinel".to_owned()];
+        args.extend(more.iter().map(ToString::to_string));
         let mut node = Self { port, _folder: folder, args, child: None };
         node.restart(&[]).await;
         node
@@ -71,8 +70,14 @@ impl Node {
 
     /// What Redis answers to a command, as `redis-cli` shows it.
     pub async fn ask(&self, words: &[&str]) -> String {
-        ask(self.port, words).await
+        let over_tls: &[&str] = if is_tls(&self.args) { &["--tls", "--insecure"] } else { &[] };
+        ask(self.port, &[over_tls, words].concat()).await
     }
+}
+
+/// Whether the settings of a server make it speak TLS.
+fn is_tls(settings: &[impl AsRef<str>]) -> bool {
+    settings.iter().any(|word| word.as_ref() == "--tls-cert-file")
 }
 
 impl Drop for Node {

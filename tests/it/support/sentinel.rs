@@ -9,16 +9,22 @@ const NAME: &str = "seatlock";
 pub struct Sentinels {
     pub servers: Vec<Node>,
     sentinels: Vec<Node>,
+    scheme: &'static str,
 }
 
 impl Sentinels {
     /// Starts all of them and waits until each knows the others.
     pub async fn start() -> Self {
-        let master = Node::server(&[]).await;
+        Self::start_with("redis-sentinel", &[]).await
+    }
+
+    /// The same with more settings for every server and sentinel, for an address of this scheme.
+    pub async fn start_with(scheme: &'static str, more: &[&str]) -> Self {
+        let master = Node::server(more).await;
         let follow = format!("127.0.0.1 {}", master.port);
         let mut servers = vec![master];
         for _ in 0..2 {
-            servers.push(Node::server(&["--replicaof", &follow]).await);
+            servers.push(Node::server(&[more, &["--replicaof", &follow]].concat()).await);
         }
         let configuration = format!(
             "sentinel monitor {NAME} {follow} 2\nsentinel down-after-milliseconds {NAME} 1500\n\
@@ -26,9 +32,9 @@ impl Sentinels {
         );
         let mut sentinels = Vec::new();
         for _ in 0..3 {
-            sentinels.push(Node::sentinel(&configuration).await);
+            sentinels.push(Node::sentinel(&configuration, more).await);
         }
-        let all = Self { servers, sentinels };
+        let all = Self { servers, sentinels, scheme };
         all.whole().await;
         for sentinel in &all.sentinels {
             until("a sentinel knows the other two and both Redis replicas", Duration::from_secs(30), async || {
@@ -43,8 +49,9 @@ impl Sentinels {
     /// The address for the ledger.
     pub fn url(&self) -> String {
         let [first, second, third] = [0, 1, 2].map(|index| self.sentinels[index].port);
+        let scheme = self.scheme;
         format!(
-            "redis-sentinel://127.0.0.1:{first}/?sentinelServiceName={NAME}&node=127.0.0.1:{second}&node=127.0.0.1:{third}"
+            "{scheme}://127.0.0.1:{first}/?sentinelServiceName={NAME}&node=127.0.0.1:{second}&node=127.0.0.1:{third}"
         )
     }
 
