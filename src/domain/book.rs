@@ -368,24 +368,22 @@ impl Book {
         }
         let record = self.locks.get(&seen.lock);
         Some(match record {
-            Some(record) if matches!(record.state, State::Active(_)) && record.deadline > now.instant() => {
-                LockOutcome::GrantedBefore(Grant {
-                    lock: seen.lock,
-                    deadline: record.deadline,
-                    available: self.available(record.category),
-                    version: record.version,
-                    now: now.instant(),
-                })
-            }
+            Some(record) if matches!(record.state, State::Active(_)) => LockOutcome::GrantedBefore(Grant {
+                lock: seen.lock,
+                deadline: record.deadline,
+                available: self.available(record.category),
+                version: record.version,
+                now: now.instant(),
+            }),
             _ => LockOutcome::RequestEnded { lock: seen.lock },
         })
     }
 
     /// One more try of the user under GCRA; refused, how long to wait.
     fn admit(&mut self, now: Now, user: UserId, rate: RateLimit) -> Result<(), Duration> {
-        let interval = u64::try_from(rate.interval.as_micros()).unwrap_or(u64::MAX / 4).max(1);
+        let interval = u64::try_from(rate.interval.as_micros()).unwrap_or(u64::MAX / 4);
         let arrival = self.rates.get(&user).copied().unwrap_or(0).max(now.0) + interval;
-        let tolerated = now.0 + interval * u64::from(rate.burst.max(1));
+        let tolerated = now.0 + interval * u64::from(rate.burst);
         if arrival > tolerated {
             return Err(Duration::from_micros(arrival - tolerated));
         }

@@ -28,7 +28,7 @@ pub struct LockRequest {
     pub ttl: Duration,
     /// The oldest stock snapshot that may decide.
     pub stock_age_max: Duration,
-    /// Tickets that a user may hold and have confirmed in one event, together.
+    /// Tickets that a user may hold and have confirmed in one event, together. At least one.
     pub per_event_max: Option<u32>,
     /// How often a user may try in one event.
     pub rate: Option<RateLimit>,

@@ -149,6 +149,20 @@ fn everything_is_forgotten_in_the_end() {
     assert!(desk.book.is_idle(desk.now));
 }
 
+/// A request id is its lock's until the lock's tombstone would be gone, to the millisecond.
+#[test]
+fn request_ids_are_remembered_for_their_time_only() {
+    let mut desk = Desk::new();
+    let named = |n| LockRequest { request: Some("try-1".parse().expect("a request id")), ..request(event(1), 1, 1, n) };
+    let lock = desk.grant(&named(1));
+    desk.pass(TTL + TEN_MINUTES - MS);
+    desk.restock(10);
+    let answer = desk.book.lock(desk.now, &named(1), &mut desk.out);
+    assert_eq!(answer, LockOutcome::RequestEnded { lock });
+    desk.pass(MS);
+    desk.grant(&named(2));
+}
+
 /// A rate is remembered while it could still refuse somebody.
 #[test]
 fn rates_are_remembered_while_they_matter() {

@@ -483,6 +483,33 @@ on_both! {
         assert_eq!(on.counts(event(1), 1).await, (7, 0, 0));
     }
 
+    /// A report that names no lock is about the buyer's oldest sales, so many as cover it.
+    async fn a_report_takes_the_oldest_sales_that_cover_it(on: &Stepped) {
+        on.stock(event(1), &[(1, 9, 9)]).await;
+        for _ in 0..4 {
+            let lock = on.grant(event(1), 1, 7, 1).await;
+            on.ledger.confirm(lock, None, None).await.unwrap();
+        }
+        on.ledger.order(&report(event(1), "5", 1, 7, 2, OrderResult::Completed)).await.unwrap();
+        assert_eq!(on.counts(event(1), 1).await, (5, 0, 4));
+        on.stock(event(1), &[(1, 9, 7)]).await;
+        assert_eq!(on.counts(event(1), 1).await, (5, 0, 2), "the third and the fourth wait for their order");
+    }
+
+    /// A sale that fits is the report's, though a lock is pinned too: that one is another order's.
+    async fn a_report_prefers_a_sale_to_a_pinned_lock(on: &Stepped) {
+        on.stock(event(1), &[(1, 9, 9)]).await;
+        let sold = on.grant(event(1), 1, 7, 1).await;
+        on.ledger.confirm(sold, None, None).await.unwrap();
+        let pinned = on.grant(event(1), 1, 7, 2).await;
+        on.ledger.validate(&validate(7, 1, 2)).await.unwrap();
+        on.ledger.order(&report(event(1), "5", 1, 7, 1, OrderResult::Completed)).await.unwrap();
+        assert_eq!(on.counts(event(1), 1).await, (6, 2, 1));
+        assert_eq!(on.ledger.find(pinned).await.unwrap().unwrap().status, LockStatus::Active);
+        on.stock(event(1), &[(1, 9, 8)]).await;
+        assert_eq!(on.counts(event(1), 1).await, (6, 2, 0));
+    }
+
     /// The report comes before the confirm of a lock that is not pinned: the confirm names the order and they meet.
     async fn a_confirm_after_the_report_meets_its_order(on: &Stepped) {
         on.stock(event(1), &[(1, 9, 9)]).await;
