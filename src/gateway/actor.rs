@@ -123,8 +123,18 @@ pub(super) struct Actor {
     pub joined: Option<(EventId, Vec<Availability>)>,
     /// When the message in work must be answered.
     pub deadline: Instant,
-    /// Set when the replica drains: what is in the inbox is still answered, nothing more is taken.
-    moving: bool,
+    moving: Moving,
+}
+
+/// How a session stands with a drain of its replica.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Moving {
+    /// There is none.
+    No,
+    /// It goes on as before until its turn comes.
+    At(Instant),
+    /// What is in the inbox is still answered, nothing more is taken.
+    Now,
 }
 
 impl Actor {
@@ -153,7 +163,7 @@ impl Actor {
             watched: HashMap::new(),
             joined: None,
             deadline: Instant::now(),
-            moving: false,
+            moving: Moving::No,
         }
     }
 
@@ -176,9 +186,8 @@ impl Actor {
                     self.shared.end(&self.session, Ending::Drain);
                     return;
                 }
-                () = self.shared.draining.cancelled(), if !self.moving => {
-                    self.moving = true;
-                    self.inbox.close();
+                () = self.shared.draining.cancelled(), if self.moving == Moving::No => {
+                    self.moving = Moving::At(self.shared.turn());
                 }
                 () = sleep_until(wake) => self.tick().await,
                 Some((name, data)) = self.post.recv() => {
@@ -192,7 +201,7 @@ impl Actor {
                 entered = Self::entered(&mut self.standing) => self.settle(entered).await,
                 message = self.inbox.recv() => match message {
                     Some(message) => self.handle(message).await,
-                    None if self.moving => {
+                    None if self.moving == Moving::Now => {
                         self.shared.end(&self.session, Ending::Drain);
                         return;
                     }
@@ -211,13 +220,23 @@ impl Actor {
             }
             Token::Expired(closes) => closes,
         };
+        let own = match self.moving {
+            Moving::At(turn) => turn.min(token),
+            Moving::No | Moving::Now => token,
+        };
         match self.standing {
-            Standing::Out { at, .. } => at.min(token),
-            Standing::Entering(..) | Standing::In { .. } => token,
+            Standing::Out { at, .. } => at.min(own),
+            Standing::Entering(..) | Standing::In { .. } => own,
         }
     }
 
     async fn tick(&mut self) {
+        if let Moving::At(turn) = self.moving
+            && turn <= Instant::now()
+        {
+            self.moving = Moving::Now;
+            self.inbox.close();
+        }
         match self.token {
             Token::Good(until) if until <= SystemTime::now() => {
                 self.token = Token::Expired(Instant::now() + self.shared.options.token_grace);
