@@ -8,6 +8,7 @@ mod config;
 mod cost;
 mod deadline;
 mod fanout;
+mod fleet;
 mod gateway;
 mod histories;
 mod http;

@@ -11,7 +11,7 @@ use super::free_port;
 pub struct Node {
     pub port: u16,
     /// Gone with the node.
-    _folder: TempDir,
+    folder: TempDir,
     args: Vec<String>,
     child: Option<Child>,
 }
@@ -29,7 +29,7 @@ impl Node {
         }
         args.extend([port_flag.to_owned(), port.to_string()]);
         args.extend(["--dir".to_owned(), folder.path().display().to_string()]);
-        let mut node = Self { port, _folder: folder, args, child: None };
+        let mut node = Self { port, folder, args, child: None };
         node.restart(&[]).await;
         node
     }
@@ -43,7 +43,7 @@ impl Node {
         let text = format!("bind 127.0.0.1\nport {port}\ndir {dir}\n{configuration}\n");
         std::fs::write(&file, text).expect("a temporary file");
         let args = vec![file.display().to_string(), "--sentinel".to_owned()];
-        let mut node = Self { port, _folder: folder, args, child: None };
+        let mut node = Self { port, folder, args, child: None };
         node.restart(&[]).await;
         node
     }
@@ -66,6 +66,22 @@ impl Node {
         if let Some(mut child) = self.child.take() {
             child.kill().expect("the server runs");
             child.wait().expect("the server is ours");
+        }
+    }
+
+    /// Stops the process without ending it (`STOP`), or lets it run again (`CONT`).
+    pub fn signal(&self, name: &str) {
+        let child = self.child.as_ref().expect("the server runs");
+        let done = Command::new("kill").arg(format!("-{name}")).arg(child.id().to_string()).status();
+        assert!(done.expect("kill exists").success());
+    }
+
+    /// Removes what a killed server would read when it starts again.
+    pub fn forget(&self) {
+        assert!(self.child.is_none(), "it runs");
+        for entry in std::fs::read_dir(self.folder.path()).expect("our folder") {
+            let path = entry.expect("an entry").path();
+            if path.is_dir() { std::fs::remove_dir_all(path) } else { std::fs::remove_file(path) }.expect("our file");
         }
     }
 
