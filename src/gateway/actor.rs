@@ -14,7 +14,7 @@ use tokio::time::{Instant, sleep, sleep_until, timeout, timeout_at};
 use super::auth::Claims;
 use super::session::{Answer, Ending, Incoming, Sent, Session};
 use super::wire::{self, About, Code, Json, Name, Refusal};
-use super::{Shared, now};
+use super::{Doubts, Shared, now};
 use crate::domain::{
     Availability, EventId, Kept, LockStatus, Personal, ReleaseReason, RestoreOutcome, RestoreRequest, UserId,
 };
@@ -113,10 +113,10 @@ pub(super) struct Actor {
     listening: Option<Listening>,
     /// The client has been told that it is connected.
     greeted: bool,
-    doubts: watch::Receiver<u64>,
-    /// The doubt that the entry under way began with, and the last one that an entry has put to rest.
-    doubt: u64,
-    rested: u64,
+    doubts: watch::Receiver<Doubts>,
+    /// The doubts that the entry under way began with, and the last ones that an entry has put to rest.
+    doubt: Doubts,
+    rested: Doubts,
     token: Token,
     pub watched: HashMap<EventId, Watching>,
     /// Set while a join is answered: what the joiner gets next.
@@ -194,7 +194,7 @@ impl Actor {
                     self.patiently(|session| session.emit(name, &data)).await;
                 }
                 Ok(()) = self.doubts.changed() => {
-                    if let Standing::In { .. } = self.standing {
+                    if let Standing::In { .. } = self.standing && self.doubts_itself() {
                         self.standing = Standing::Out { at: Instant::now(), pause: ENTER_RETRY };
                     }
                 }
@@ -209,6 +209,13 @@ impl Actor {
                 },
             }
         }
+    }
+
+    /// What the last entry said may not be so any more.
+    fn doubts_itself(&self) -> bool {
+        let now = *self.doubts.borrow();
+        now.of_sessions > self.rested.of_sessions
+            || now.of_locks > self.rested.of_locks && self.shared.keep.knows(self.session.user)
     }
 
     /// When something is due by itself.
@@ -279,7 +286,7 @@ impl Actor {
         };
         let (shared, user, id) = (Arc::clone(&self.shared), self.session.user, self.session.id);
         self.doubt = *self.doubts.borrow();
-        let (listen, doubted) = (self.listening.is_none(), self.doubt > self.rested);
+        let (listen, doubted) = (self.listening.is_none(), self.doubt != self.rested);
         let task = tokio::spawn(async move {
             // The semaphore is never closed.
             let _permit = shared.entering.acquire().await.ok();
@@ -332,7 +339,7 @@ impl Actor {
         self.standing = Standing::In { generation: presence.generation };
         self.listening = listening.or(self.listening.take());
         self.rested = self.doubt;
-        if *self.doubts.borrow() > self.rested {
+        if self.doubts_itself() {
             // Doubted while it was under way: it proves nothing.
             self.standing = Standing::Out { at: Instant::now(), pause: ENTER_RETRY };
         }
@@ -345,6 +352,9 @@ impl Actor {
     }
 
     async fn handle(&mut self, message: Incoming) {
+        if self.inbox.is_empty() {
+            self.session.forgive();
+        }
         self.deadline = message.at + self.shared.options.request_timeout;
         let (name, answer) = match wire::split(&message.text) {
             None => (None, Answer::unknown("")),
@@ -449,6 +459,8 @@ impl Shared {
             };
             let reason = ReleaseReason::Released;
             let message = match (kept, end) {
+                // The sale is not settled, as far as is known here, and can still be lost.
+                (Kept::Confirmed { .. }, Some(LockStatus::Confirmed)) => continue,
                 (Kept::Confirmed { .. }, _) | (_, Some(LockStatus::Confirmed) | None) => None,
                 // It began after the session entered: nothing is lost.
                 (_, Some(LockStatus::Active)) => continue,

@@ -155,14 +155,22 @@ struct Shared {
     leaving: Semaphore,
     /// Sessions that may tell the ledger at the same time that they are here.
     entering: Arc<Semaphore>,
-    /// Rises when the ledger may have lost what was entered into it.
-    doubts: watch::Sender<u64>,
+    doubts: watch::Sender<Doubts>,
     /// Nobody is taken in any more; sessions go on until their turn to move.
     draining: CancellationToken,
     /// Set before `draining`.
     turns: OnceLock<Turns>,
     /// They finish at once.
     impatient: CancellationToken,
+}
+
+/// How often this replica had reason to doubt that it and the ledger know the same. Each only rises.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Doubts {
+    /// The ledger may have lost the sessions that were entered into it.
+    of_sessions: u64,
+    /// Messages about locks may have been missed: who is remembered to have some asks again.
+    of_locks: u64,
 }
 
 /// When a draining replica moves its clients: one after the other, evenly.
@@ -284,7 +292,7 @@ impl Gateway {
                 tasks: TaskTracker::new(),
                 leaving: Semaphore::new(LEAVING_MAX),
                 entering: Arc::new(Semaphore::new(ENTERING_MAX)),
-                doubts: watch::Sender::new(0),
+                doubts: watch::Sender::default(),
                 draining: CancellationToken::new(),
                 turns: OnceLock::new(),
                 impatient: CancellationToken::new(),
@@ -325,7 +333,7 @@ impl Gateway {
     /// The ledger may have lost what was entered into it: every session enters again, and what this replica remembers
     /// of its users' locks is handed back. Returns at once; goes on until the ledger has answered.
     pub fn reassure(&self) {
-        self.shared.doubts.send_modify(|doubts| *doubts += 1);
+        self.shared.doubts.send_modify(|doubts| doubts.of_sessions += 1);
     }
 
     /// Takes nobody in any more and moves the clients, spread over two thirds of `limit`: each is served until its turn,

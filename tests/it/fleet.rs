@@ -118,6 +118,7 @@ async fn nothing_is_lost_whatever_breaks() {
 
     let stage = Stage::start(&CATEGORIES, SETTINGS).await;
     let log = Arc::new(Log::default());
+    Log::watch_the_clock(&log);
     let book = Arc::clone(&stage.shop.lock().await.book);
     for (category, total) in CATEGORIES {
         log.note(Span::at(0), Seen::Tickets { category, total });
@@ -125,7 +126,8 @@ async fn nothing_is_lost_whatever_breaks() {
     let url = stage.rabbit.lock().await.url();
     let orders = Orders::start(url, Arc::clone(&log), Arc::clone(&book));
     let crowd = Crowd::begin(&stage.url, seed, 24, 16, Arc::clone(&log), Arc::clone(&orders)).await;
-    let breaker = Breaker { stage: Arc::clone(&stage), log: Arc::clone(&log), shop_whole: tokio::sync::Mutex::default() };
+    let breaker =
+        Breaker { stage: Arc::clone(&stage), log: Arc::clone(&log), shop_whole: tokio::sync::Mutex::default() };
     let run = Arc::new(Run {
         stage,
         log,
@@ -185,7 +187,14 @@ impl Run {
     }
 
     /// The faults of one lane, one after the other, until so many have happened; each at least once where there is room.
-    async fn lane(&self, lane: usize, faults: Vec<Fault>, wanted: usize, every_kind: bool, random: &mut Random) -> Result<(), String> {
+    async fn lane(
+        &self,
+        lane: usize,
+        faults: Vec<Fault>,
+        wanted: usize,
+        every_kind: bool,
+        random: &mut Random,
+    ) -> Result<(), String> {
         let mut bag = faults.clone();
         let mut first = every_kind;
         while first || self.done.load(Ordering::SeqCst) < wanted {
@@ -237,7 +246,11 @@ impl Run {
             sleep(Duration::from_millis(50)).await;
         }
         if let Some(fault) = fault {
-            self.tell(&format!("  every room right {:.2} s after it could be read ({:.2} s)", readable.elapsed().as_secs_f64(), healed.elapsed().as_secs_f64()));
+            self.tell(&format!(
+                "  every room right {:.2} s after it could be read ({:.2} s)",
+                readable.elapsed().as_secs_f64(),
+                healed.elapsed().as_secs_f64()
+            ));
             self.converged.lock().unwrap().push((readable.elapsed(), fault));
         }
         Ok(())
@@ -255,9 +268,9 @@ impl Run {
                 book.iter().map(|(id, seats)| (*id, seats.total - seats.sold)).collect()
             };
             let counts = self.stage.counts_of_all().await.unwrap_or_default();
-            let whole = left.iter().all(|(id, left)| {
-                counts.get(id).is_some_and(|counts| counts.locked == 0 && counts.available == *left)
-            });
+            let whole = left
+                .iter()
+                .all(|(id, left)| counts.get(id).is_some_and(|counts| counts.locked == 0 && counts.available == *left));
             let views = self.crowd.views().await;
             let same = |view: &crowd::View| view.is_on && view.counts == counts;
             if whole && views.iter().all(same) {
@@ -283,7 +296,8 @@ impl Run {
         let counts = self.log.counts();
         let mut converged = self.converged.lock().unwrap().clone();
         converged.sort_by_key(|(time, _)| *time);
-        let worst = converged.last().map_or_else(String::new, |(time, fault)| format!("{:.2} s ({fault})", time.as_secs_f64()));
+        let worst =
+            converged.last().map_or_else(String::new, |(time, fault)| format!("{:.2} s ({fault})", time.as_secs_f64()));
         let median = converged.get(converged.len() / 2).map_or(0.0, |(time, _)| time.as_secs_f64());
         say(&format!(
             "fleet: {} faults in {:.0} s; {} socket requests ({} unknown, asked again), {} RabbitMQ requests ({} unknown); {} \

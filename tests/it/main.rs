@@ -4,6 +4,7 @@
 #![expect(clippy::unchecked_time_subtraction, reason = "of constants; a wrong one panics, which fails the test")]
 
 mod audit;
+mod churn;
 mod config;
 mod cost;
 mod deadline;
@@ -15,6 +16,7 @@ mod http;
 mod inventory;
 mod inventory_rmq;
 mod ledger;
+mod limits;
 mod lua;
 mod outage;
 mod rpc;

@@ -39,30 +39,65 @@ pub struct Told {
 #[derive(Debug, Clone)]
 pub enum Seen {
     /// A grant, with the service's own time of it.
-    Granted { user: u64, request: String, told: Told, server: u64 },
+    Granted {
+        user: u64,
+        request: String,
+        told: Told,
+        server: u64,
+    },
     /// A request for a lock that may have been granted: nobody knows.
-    Wished { user: u64, request: String },
+    Wished {
+        user: u64,
+        request: String,
+    },
     /// The owner gives a lock back.
-    Unlock { lock: String, answer: Option<bool> },
+    Unlock {
+        lock: String,
+        answer: Option<bool>,
+    },
     /// Everything that a user holds.
-    Listed { user: u64, locks: Vec<Told> },
+    Listed {
+        user: u64,
+        locks: Vec<Told>,
+    },
     /// The user was last heard of when it began, and greeted again when it ended.
-    Away { user: u64 },
+    Away {
+        user: u64,
+    },
     /// The same for everybody, or for some of whom it is not known who they are.
     AwayAll,
     /// `Some(None)`: no valid lock.
-    Validate { user: u64, category: u64, quantity: u64, answer: Option<Option<(String, u64)>> },
-    Confirm { lock: String, order: String, answer: Option<bool> },
+    Validate {
+        user: u64,
+        category: u64,
+        quantity: u64,
+        answer: Option<Option<(String, u64)>>,
+    },
+    Confirm {
+        lock: String,
+        order: String,
+        answer: Option<bool>,
+    },
     /// The orders-service gives a lock, or an unsettled sale, back.
-    Release { lock: String, answer: Option<bool> },
+    Release {
+        lock: String,
+        answer: Option<bool>,
+    },
     /// The events-service sold a lock's tickets.
-    Sold { lock: String },
+    Sold {
+        lock: String,
+    },
     /// A category has so many tickets from now on, sold ones included.
-    Tickets { category: u64, total: u64 },
+    Tickets {
+        category: u64,
+        total: u64,
+    },
     /// Redis came back without its data; from the loss until what can be restored surely is.
     DataLost,
     /// The owner was told that a lock has expired.
-    Expired { lock: String },
+    Expired {
+        lock: String,
+    },
 }
 
 /// What the fleet was set to.
@@ -262,7 +297,8 @@ impl<'a> Outside<'a> {
     /// It was active when Redis lost its data, and its owner was connected all the time: it must be there again, unless
     /// its owner was told that it cannot be.
     fn to_be_handed_back(&self, life: &Life, span: Span) -> bool {
-        let lost = self.losses.iter().find(|loss| life.granted.ended + LOSS_MARGIN < loss.began && loss.ended < span.began);
+        let lost =
+            self.losses.iter().find(|loss| life.granted.ended + LOSS_MARGIN < loss.began && loss.ended < span.began);
         let Some(lost) = lost else { return false };
         let own = self.aways.get(&Some(life.user)).into_iter().flatten();
         let mut aways = own.chain(self.aways.get(&None).into_iter().flatten());
@@ -326,7 +362,10 @@ impl<'a> Outside<'a> {
                     let same = |life: &&Life| other(life) && life.told.category == told.category;
                     complain("granted a second lock of the category", self.lives_of(*user).filter(same).any(active));
                     let now = (span.began.saturating_sub(SLACK)..=span.ended + SLACK).contains(server);
-                    complain("granted at another time than it was asked", !now && first && !self.repeats(*user, request, span));
+                    complain(
+                        "granted at another time than it was asked",
+                        !now && first && !self.repeats(*user, request, span),
+                    );
                 }
             }
             Seen::Listed { user, locks } => {
@@ -340,7 +379,8 @@ impl<'a> Outside<'a> {
                 complain("a lock of a connected user was not handed back", forgotten);
                 for told in locks {
                     let Some(life) = self.lives.get(told.lock.as_str()) else {
-                        let wished = self.wishes.get(user).into_iter().flatten().any(|(wish, _)| wish.began < span.ended);
+                        let wished =
+                            self.wishes.get(user).into_iter().flatten().any(|(wish, _)| wish.began < span.ended);
                         complain("a lock is listed that nobody asked for", !wished);
                         continue;
                     };
@@ -373,9 +413,11 @@ impl<'a> Outside<'a> {
             Seen::Confirm { lock, order, answer: Some(answer) } => {
                 let Some(life) = self.lives.get(lock.as_str()) else { return vec!["confirmed what nobody locked"] };
                 let earlier = || life.confirms.iter().filter(|(at, _)| at.began < span.began);
-                let mine = earlier().any(|(at, (by, answer))| by == order && *answer == Some(true) && at.ended < span.began);
+                let mine =
+                    earlier().any(|(at, (by, answer))| by == order && *answer == Some(true) && at.ended < span.began);
                 if *answer {
-                    let other = earlier().any(|(at, (by, answer))| by != order && *answer == Some(true) && at.ended < span.began);
+                    let other = earlier()
+                        .any(|(at, (by, answer))| by != order && *answer == Some(true) && at.ended < span.began);
                     complain("confirmed for two orders", other);
                     complain("confirmed after it had been given back", Self::surely_given_back(life, span.began));
                     let maybe = earlier().any(|(_, (_, answer))| *answer != Some(false));
@@ -389,7 +431,8 @@ impl<'a> Outside<'a> {
             }
             Seen::Unlock { lock, answer: Some(answer) } => {
                 let Some(life) = self.lives.get(lock.as_str()) else { return found };
-                let sold = |(at, (_, answer)): &(Span, (String, Option<bool>))| *answer == Some(true) && at.ended < span.began;
+                let sold =
+                    |(at, (_, answer)): &(Span, (String, Option<bool>))| *answer == Some(true) && at.ended < span.began;
                 let given = |attempts: &Attempts<Option<bool>>| {
                     attempts.iter().any(|(at, answer)| *answer != Some(false) && at.began < span.began)
                 };

@@ -67,7 +67,14 @@ struct Shared {
 
 impl Crowd {
     /// Everybody comes to this address: a third over WebSocket, a third over polling, a third as the client does by itself.
-    pub async fn begin(url: &str, seed: u64, people: u64, buyers: u64, log: Arc<Log>, orders: Arc<Orders>) -> Arc<Self> {
+    pub async fn begin(
+        url: &str,
+        seed: u64,
+        people: u64,
+        buyers: u64,
+        log: Arc<Log>,
+        orders: Arc<Orders>,
+    ) -> Arc<Self> {
         let driver = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/it/gateway/crowd.js");
         let mut command = Command::new("node");
         command.arg(driver).stdin(Stdio::piped()).stdout(Stdio::piped()).kill_on_drop(true);
@@ -192,6 +199,8 @@ impl Shared {
             self.log.note(span, Seen::Listed { user, locks: all_told(&report["locks"]) });
         } else if let Some(user) = report["off"].as_u64() {
             self.moves.lock().unwrap().push((user, "off", number("at")));
+        } else if report["stalled"] == true {
+            self.log.stood_still(Span { began: number("began"), ended: number("ended") }, "the crowd");
         } else if !report["pay"].is_null() {
             let pay = &report["pay"];
             let wish = Wish {
@@ -233,7 +242,9 @@ impl Shared {
         });
         let took = span.ended - span.began;
         if report["why"] == "silence" || answer.is_object() && took > super::millis(super::ANSWER_LATE) {
-            self.log.late(Road::Front, span, format!("user {user} asked {name} {data}, {took} ms: {answer}"));
+            let (transport, greeted) = (&report["transport"], number(&report["greeted"]));
+            let asked = format!("user {user} over {transport}, greeted at {greeted}, asked {name} {data}");
+            self.log.late(Road::Front, span, format!("{asked}, {took} ms: {answer}"));
         }
         let lock = || data["lockId"].as_str().unwrap_or_default().to_owned();
         match (name, is_known) {

@@ -1,6 +1,6 @@
 //! What the fault run writes down: everything that was seen, and when the paths of requests were broken.
 
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde_json::Value;
@@ -71,6 +71,30 @@ impl Log {
         self.disturbed.lock().unwrap().push((road, Span { began, ended }));
     }
 
+    /// The machine, or one of the test's own processes, had no processor for more than a second: nothing that happened
+    /// then was late.
+    pub fn stood_still(&self, span: Span, who: &str) {
+        crate::support::say(&format!("{who} stood still for {} ms", span.ended - span.began));
+        let span = Span { began: span.began.saturating_sub(1_000), ended: span.ended + 1_000 };
+        self.disturbed.lock().unwrap().extend([(Road::Front, span), (Road::Broker, span)]);
+    }
+
+    /// Looks for such moments as long as it lives.
+    pub fn watch_the_clock(log: &Arc<Self>) {
+        let log = Arc::downgrade(log);
+        std::thread::spawn(move || {
+            let mut before = now();
+            while let Some(log) = log.upgrade() {
+                std::thread::sleep(Duration::from_millis(100));
+                let after = now();
+                if after - before > 1_000 {
+                    log.stood_still(Span { began: before, ended: after }, "the machine");
+                }
+                before = after;
+            }
+        });
+    }
+
     pub fn late(&self, road: Road, span: Span, what: String) {
         self.late.lock().unwrap().push((road, span, what));
     }
@@ -92,7 +116,11 @@ impl Log {
         if !is_answered || took > super::ANSWER_LATE {
             let ended = now();
             let span = Span { began: ended - u64::try_from(took.as_millis()).expect("short"), ended };
-            self.late(Road::Broker, span, format!("{pattern}: {} after {took:?}", if is_answered { "answered" } else { "silence" }));
+            self.late(
+                Road::Broker,
+                span,
+                format!("{pattern}: {} after {took:?}", if is_answered { "answered" } else { "silence" }),
+            );
         }
     }
 

@@ -74,8 +74,9 @@ impl Orders {
         let id = Uuid::new_v4().simple().to_string();
         let (sender, receiver) = oneshot::channel();
         self.pending.lock().unwrap().insert(id.clone(), sender);
-        let properties =
-            BasicProperties::default().with_reply_to("amq.rabbitmq.reply-to".into()).with_correlation_id(id.clone().into());
+        let properties = BasicProperties::default()
+            .with_reply_to("amq.rabbitmq.reply-to".into())
+            .with_correlation_id(id.clone().into());
         let asked = Instant::now();
         let answer = async {
             self.publish(&json!({"pattern": pattern, "data": data, "id": id}), properties).await?;
@@ -139,8 +140,9 @@ impl Orders {
         let lot = Uuid::new_v4().as_bytes()[0];
         if lot.is_multiple_of(6) {
             let asked = json!({"lockId": lock, "userId": user});
-            let read = |answer: Option<&Value>| {
-                Seen::Release { lock: lock.clone(), answer: answer.map(|answer| *answer == json!(true)) }
+            let read = |answer: Option<&Value>| Seen::Release {
+                lock: lock.clone(),
+                answer: answer.map(|answer| *answer == json!(true)),
             };
             self.insist("release-ticket-lock", &asked, read).await;
             self.emit("order-cancelled", &report, lot.is_multiple_of(4)).await;

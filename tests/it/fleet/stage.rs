@@ -95,7 +95,11 @@ impl Stage {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let file = folder.path().join("haproxy.cfg");
         std::fs::write(&file, configuration(public, &posts)).expect("our folder");
-        let mut haproxy = Command::new(if std::path::Path::new("/usr/sbin/haproxy").exists() { "/usr/sbin/haproxy" } else { "haproxy" });
+        let mut haproxy = Command::new(if std::path::Path::new("/usr/sbin/haproxy").exists() {
+            "/usr/sbin/haproxy"
+        } else {
+            "haproxy"
+        });
         haproxy.arg("-db").arg("-f").arg(&file).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         let haproxy = haproxy.spawn().expect("haproxy is installed (tests/run installs it)");
         let stage = Arc::new(Self {
@@ -184,9 +188,14 @@ impl Stage {
     pub async fn drain(&self, post: &Post) -> i32 {
         let mut process = post.process.lock().await.take().expect("it runs");
         process.signal("TERM");
-        let (code, log) = tokio::task::spawn_blocking(move || (process.exit_code(), process.log())).await.expect("it ends");
+        let (code, log) =
+            tokio::task::spawn_blocking(move || (process.exit_code(), process.log())).await.expect("it ends");
         if code != 0 {
-            crate::support::say(&format!("replica {} ended with {code}: {:#?}", post.name, log.iter().rev().take(20).collect::<Vec<_>>()));
+            crate::support::say(&format!(
+                "replica {} ended with {code}: {:#?}",
+                post.name,
+                log.iter().rev().take(20).collect::<Vec<_>>()
+            ));
         }
         code
     }

@@ -5,9 +5,11 @@
 // Commands: {do: "begin", url, event, categories, seed, people: [{user, token, transports, buys}]} · {do: "paid", order}
 // (a payment has ended) · {do: "views", id} · {do: "calm"} (buyers give back what they hold and stop) · {do: "check", id}
 // (everybody asks for their locks).
-// Reports: {ask, user, data, began, ended, answer, why} (no answer: why) · {on, at, contact, locks} (connected, and when the
+// Reports: {ask, user, data, began, ended, answer, why, transport,
+// greeted} (no answer: why; connected since) · {on, at, contact, locks} (connected, and when the
 // user was heard of last before) · {off, at, contact, reason} · {pay: {user, order, lockId, categoryId, quantity}} ·
-// {told, user, data} (a personal message) · {bad} (what must not be) · {views, id} · {calm: user} · {checked: id}.
+// {told, user, data} (a personal message) · {bad} (what must not be) · {views, id} · {calm: user} · {checked: id}
+// · {stalled, began, ended} (this process stood still).
 import readline from "node:readline";
 
 import { io } from "socket.io-client";
@@ -81,7 +83,7 @@ class Person {
   greeted({ locks }) {
     report({ on: this.user, at: Date.now() + 1, contact: this.contact, locks });
     this.isOn = true;
-    this.contact = Date.now();
+    this.contact = this.greetedAt = Date.now();
     this.connections += 1;
     this.view = new Map();
     this.join(this.connections);
@@ -128,7 +130,11 @@ class Person {
         if (name === "join-event-room" && answer?.success) answer.availability.forEach((counts) => this.note(counts));
         const why = error ? (stayed ? "silence" : "disconnected") : undefined;
         if (name !== "heartbeat" || error || Date.now() - began > 1000) {
-          report({ ask: name, user: this.user, data, began, ended: Date.now() + 1, answer: answer ?? null, why });
+          const transport = this.socket.io.engine?.transport?.name;
+          report({
+            ask: name, user: this.user, data, began, ended: Date.now() + 1, answer: answer ?? null, why, transport,
+            greeted: this.greetedAt,
+          });
         }
         resolve(answer);
       });
@@ -223,6 +229,14 @@ function obey(command) {
       throw new Error(`unknown command ${command.do}`);
   }
 }
+
+// When this process has had no processor for a while, that is no fault of the service.
+let ticked = Date.now();
+setInterval(() => {
+  const now = Date.now();
+  if (now - ticked > 1000) report({ stalled: true, began: ticked, ended: now });
+  ticked = now;
+}, 100);
 
 const lines = readline.createInterface({ input: process.stdin });
 lines.on("line", (line) => obey(JSON.parse(line)));

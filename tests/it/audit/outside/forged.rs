@@ -123,16 +123,25 @@ fn a_lock_that_is_not_handed_back() {
 fn a_lock_that_ends_twice() {
     let one = granted(&[(1, "a", 2, 1000)]);
     let back = with(one.clone(), &[(span(1100, 1101), unlock("a", Some(true)))]);
-    refused(&with(back.clone(), &[(span(1200, 1201), confirm("a", "o", Some(true)))]), "confirmed after it had been given back");
+    refused(
+        &with(back.clone(), &[(span(1200, 1201), confirm("a", "o", Some(true)))]),
+        "confirmed after it had been given back",
+    );
     refused(&with(back.clone(), &[(span(1200, 1201), validate(Some(Some(("a", 30_000)))))]), "valid though given back");
     let listed = Seen::Listed { user: 1, locks: vec![told("a", 2, 1000)] };
     refused(&with(back, &[(span(1200, 1201), listed.clone())]), "listed after it had been given back");
     refused(&with(one.clone(), &[(span(22_000, 22_001), listed)]), "listed after its deadline");
-    refused(&with(one.clone(), &[(span(22_000, 22_001), confirm("a", "o", Some(true)))]), "confirmed after its deadline");
+    refused(
+        &with(one.clone(), &[(span(22_000, 22_001), confirm("a", "o", Some(true)))]),
+        "confirmed after its deadline",
+    );
     let paid = with(one, &[(span(1100, 1101), confirm("a", "o", Some(true)))]);
     refused(&with(paid.clone(), &[(span(1200, 1201), unlock("a", Some(true)))]), "took a sale back");
     refused(&with(paid.clone(), &[(span(1200, 1201), confirm("a", "p", Some(true)))]), "confirmed for two orders");
-    refused(&with(paid.clone(), &[(span(1200, 1201), confirm("a", "o", Some(false)))]), "a repeated confirm was refused");
+    refused(
+        &with(paid.clone(), &[(span(1200, 1201), confirm("a", "o", Some(false)))]),
+        "a repeated confirm was refused",
+    );
     let sold = (Span::at(1300), Seen::Sold { lock: "a".to_owned() });
     accepted(&with(paid.clone(), &[sold.clone()]));
     refused(&with(paid, &[sold.clone(), sold]), "sold twice");
@@ -144,7 +153,10 @@ fn answers_that_belong_to_somebody_else() {
     let others = Seen::Listed { user: 2, locks: vec![told("a", 2, 1000), told("b", 2, 1000)] };
     refused(&with(two.clone(), &[(span(1100, 1101), others)]), "another user's lock is listed");
     refused(&with(two.clone(), &[(span(1100, 1101), validate(Some(Some(("b", 30_000)))))]), "valid by another's lock");
-    refused(&with(two.clone(), &[(span(1100, 1101), validate(Some(Some(("a", 3000)))))]), "valid for less than the window");
+    refused(
+        &with(two.clone(), &[(span(1100, 1101), validate(Some(Some(("a", 3000)))))]),
+        "valid for less than the window",
+    );
     let again = |lock: &str, request: &str, user: u64| {
         let seen = Seen::Granted { user, request: request.to_owned(), told: told(lock, 2, 1100), server: 1100 };
         (span(1099, 1101), seen)
