@@ -47,6 +47,10 @@ const CONVERGED_WITHIN: Duration = Duration::from_secs(10);
 /// Real clients back off for a second at most here, and a connection attempt that hangs is given up after five.
 const BACK_WITHIN: Duration = Duration::from_secs(25);
 
+/// A client that is moved is back after its first pause, a tenth of a second; the rest is for a busy machine, and for pages
+/// that their users close and open again meanwhile.
+const AWAY_MAX: Duration = Duration::from_secs(8);
+
 const GRACE: Duration = Duration::from_secs(10);
 const WINDOW: Duration = Duration::from_secs(15);
 
@@ -96,6 +100,7 @@ struct Run {
     stage: Arc<Stage>,
     log: Arc<Log>,
     crowd: Arc<Crowd>,
+    orders: Arc<Orders>,
     breaker: Breaker,
     began: Instant,
     /// What broke, when, in words.
@@ -115,45 +120,83 @@ async fn nothing_is_lost_whatever_breaks() {
     let least: usize = lanes.iter().map(Vec::len).sum();
     let wanted = number("SEATLOCK_FAULTS").map_or(least, |count| usize::try_from(count).expect("a count"));
     say(&format!("fleet: seed {seed}, {wanted} faults"));
+    let run = Run::begin(seed).await;
+    let failed = Arc::clone(&run).play(&mut lanes, wanted, &mut random).await;
+    run.verdict(failed, &format!("SEATLOCK_SEED={seed} SEATLOCK_FAULTS={wanted}"));
+}
 
-    let stage = Stage::start(&CATEGORIES, SETTINGS).await;
-    let log = Arc::new(Log::default());
-    Log::watch_the_clock(&log);
-    let book = Arc::clone(&stage.shop.lock().await.book);
-    for (category, total) in CATEGORIES {
-        log.note(Span::at(0), Seen::Tickets { category, total });
-    }
-    let url = stage.rabbit.lock().await.url();
-    let orders = Orders::start(url, Arc::clone(&log), Arc::clone(&book));
-    let crowd = Crowd::begin(&stage.url, seed, 24, 16, Arc::clone(&log), Arc::clone(&orders)).await;
-    let breaker =
-        Breaker { stage: Arc::clone(&stage), log: Arc::clone(&log), shop_whole: tokio::sync::Mutex::default() };
-    let run = Arc::new(Run {
-        stage,
-        log,
-        crowd,
-        breaker,
-        began: Instant::now(),
-        story: Mutex::default(),
-        done: AtomicUsize::new(0),
-        converged: Mutex::default(),
-    });
-    let failed = run.clone().play(&mut lanes, wanted, &mut random, &orders).await;
-    let mut complaints = run.log.complaints();
-    complaints.extend(failed.err());
-    let rules = Rules { grace: millis(GRACE), window: millis(WINDOW), shown: 5_000 };
-    complaints.extend(outside::complaints(&run.log.seen(), rules));
-    run.summary();
-    assert!(
-        complaints.is_empty(),
-        "SEATLOCK_SEED={seed} SEATLOCK_FAULTS={wanted}\n{}\n{} complaints:\n{}",
-        run.story.lock().unwrap().join("\n"),
-        complaints.len(),
-        complaints.iter().take(40).cloned().collect::<Vec<_>>().join("\n"),
-    );
+/// All replicas are restarted one after the other, twice, while everybody goes on: no lock and no answer is lost, and nobody
+/// is away for long.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rolling_restart_loses_no_lock_and_no_answer() {
+    let run = Run::begin(log::now() % 1_000_000).await;
+    let failed = Arc::clone(&run).roll().await;
+    run.verdict(failed, "two rolling restarts");
 }
 
 impl Run {
+    /// Everything runs, and everybody has come.
+    async fn begin(seed: u64) -> Arc<Self> {
+        let stage = Stage::start(&CATEGORIES, SETTINGS).await;
+        let log = Arc::new(Log::default());
+        Log::watch_the_clock(&log);
+        let book = Arc::clone(&stage.shop.lock().await.book);
+        for (category, total) in CATEGORIES {
+            log.note(Span::at(0), Seen::Tickets { category, total });
+        }
+        let url = stage.rabbit.lock().await.url();
+        let orders = Orders::start(url, Arc::clone(&log), Arc::clone(&book));
+        let crowd = Crowd::begin(&stage.url, seed, 24, 16, Arc::clone(&log), Arc::clone(&orders)).await;
+        let breaker =
+            Breaker { stage: Arc::clone(&stage), log: Arc::clone(&log), shop_whole: tokio::sync::Mutex::default() };
+        Arc::new(Self {
+            stage,
+            log,
+            crowd,
+            orders,
+            breaker,
+            began: Instant::now(),
+            story: Mutex::default(),
+            done: AtomicUsize::new(0),
+            converged: Mutex::default(),
+        })
+    }
+
+    /// Fails if anything is to be complained of, and says what led to it.
+    fn verdict(&self, failed: Result<(), String>, how: &str) {
+        let mut complaints = self.log.complaints();
+        complaints.extend(failed.err());
+        let rules = Rules { grace: millis(GRACE), window: millis(WINDOW), shown: 5_000 };
+        complaints.extend(outside::complaints(&self.log.seen(), rules));
+        self.summary();
+        assert!(
+            complaints.is_empty(),
+            "{how}\n{}\n{} complaints:\n{}",
+            self.story.lock().unwrap().join("\n"),
+            complaints.len(),
+            complaints.iter().take(40).cloned().collect::<Vec<_>>().join("\n"),
+        );
+    }
+
+    /// Two rolling restarts, and rest.
+    async fn roll(self: Arc<Self>) -> Result<(), String> {
+        self.everybody_sees("the beginning", None).await?;
+        for _ in 0..2 {
+            let began = log::now();
+            self.tell("Rolling");
+            self.breaker.run(Fault::Rolling).await;
+            self.done.fetch_add(1, Ordering::SeqCst);
+            self.everybody_sees("the room after it", Some(Fault::Rolling)).await?;
+            self.crowd.check().await;
+            let (moved, longest) = self.crowd.absences(began);
+            self.tell(&format!("  {moved} times somebody was away, for {longest} ms at most"));
+            if moved < 24 || longest > millis(AWAY_MAX) {
+                return Err(format!("{moved} times somebody was away, for {longest} ms at most"));
+            }
+        }
+        self.rest().await
+    }
+
     fn tell(&self, what: &str) {
         let line = format!("{:7.1} s  {what}", self.began.elapsed().as_secs_f64());
         say(&line);
@@ -166,11 +209,10 @@ impl Run {
         lanes: &mut [Vec<Fault>; 3],
         wanted: usize,
         random: &mut Random,
-        orders: &Arc<Orders>,
     ) -> Result<(), String> {
         self.everybody_sees("the beginning", None).await?;
         let over = CancellationToken::new();
-        let supply = tokio::spawn(supply(Arc::clone(orders), over.clone(), random.below(1 << 20) as u64));
+        let supply = tokio::spawn(supply(Arc::clone(&self.orders), over.clone(), random.below(1 << 20) as u64));
         let every_kind = wanted >= lanes.iter().map(Vec::len).sum();
         let mut running = Vec::new();
         for (lane, faults) in lanes.iter_mut().enumerate() {

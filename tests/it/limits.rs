@@ -13,7 +13,10 @@ use crate::support::gateway::{Raw, SECRET, token};
 use crate::support::node::Node;
 use crate::support::process::Seatlock;
 
-/// The real process on a Redis of its own, with forty events.
+/// The event with the many categories.
+const MANY: u64 = 41;
+
+/// The real process on a Redis of its own, with forty events, and one that has five hundred categories.
 struct House {
     service: Seatlock,
     address: SocketAddr,
@@ -26,8 +29,10 @@ impl House {
         let redis = Node::server(&[]).await;
         let folder = tempfile::tempdir().expect("a temporary folder");
         let catalogue = folder.path().join("events.json");
-        let events: Vec<_> =
+        let mut events: Vec<_> =
             (1..=40).map(|id| json!({"id": id, "ticketCategories": [{"id": 1, "availableSeats": 100}]})).collect();
+        let many: Vec<_> = (1..=500).map(|id| json!({"id": id, "availableSeats": 100})).collect();
+        events.push(json!({"id": MANY, "ticketCategories": many}));
         std::fs::write(&catalogue, json!(events).to_string()).expect("our folder");
         let service = Seatlock::start(
             &[],
@@ -103,18 +108,19 @@ async fn a_flood_is_limited_answered_and_closed() {
     };
     timeout(Duration::from_secs(60), ended).await.expect("the flood is closed");
     let sent = timeout(Duration::from_secs(60), flood).await.expect("it cannot be sent any more").expect("no panic");
-    assert!((1_000..=1_100).contains(&refused), "{refused} of {sent} were refused");
+    // The last answers may be on their way when the connection ends.
+    assert!((500..=1_100).contains(&refused), "{refused} of {sent} were refused");
     let beat = neighbour.ask("heartbeat", &json!({})).await;
     assert!(beat["timestamp"].is_string(), "{beat}");
     assert_eq!(house.counter("seatlock_gateway_ended_total{reason=\"flood\"}").await, 1);
     let answered = "seatlock_gateway_answers_total{name=\"heartbeat\",outcome=\"rate_limited\"}";
-    assert!(house.counter(answered).await >= refused);
+    assert!(house.counter(answered).await >= 1_024);
     house.redis.signal("CONT");
     Raw::greeted(house.address, 7).await.leave().await;
 }
 
-/// A client that reads nothing while it asks for more and more is cut within the time set for it and a little; until then
-/// its process holds at most a few megabytes for it.
+/// A client that asks for much and reads nothing is cut within the time set for it and a little; until then its process
+/// holds a few megabytes for it at most: what its send buffer holds, and what of it is being written.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_client_that_never_reads_costs_little_and_not_for_long() {
     let house = House::start().await;
@@ -123,17 +129,23 @@ async fn a_client_that_never_reads_costs_little_and_not_for_long() {
         let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("a process has memory");
         line.trim().trim_end_matches(" kB").parse::<u64>().expect("a number")
     };
+    let ask = json!({ "eventId": MANY });
     let mut neighbour = Raw::greeted(house.address, 8).await;
-    let client = Raw::greeted(house.address, 7).await;
+    let mut client = Raw::greeted(house.address, 7).await;
+    client.ask("join-event-room", &ask).await;
+    neighbour.ask("join-event-room", &ask).await;
     let before = rss();
     let (mut sink, _unread) = client.socket.split();
-    let flood = tokio::spawn(async move {
-        let ask = format!("42/realtime,1{}", json!(["join-event-room", { "eventId": 1 }]));
-        while sink.send(Message::text(ask.clone())).await.is_ok() {}
+    // Slowly enough that it is no flood.
+    let asking = tokio::spawn(async move {
+        let ask = format!("42/realtime,1{}", json!(["join-event-room", ask]));
+        while sink.send(Message::text(ask.clone())).await.is_ok() {
+            sleep(Duration::from_millis(25)).await;
+        }
     });
     let began = Instant::now();
     let mut most = before;
-    while !flood.is_finished() {
+    while !asking.is_finished() {
         assert!(began.elapsed() < Duration::from_secs(40), "it is never cut");
         let beat = neighbour.ask("heartbeat", &json!({})).await;
         assert!(beat["timestamp"].is_string(), "{beat}");
@@ -148,6 +160,5 @@ async fn a_client_that_never_reads_costs_little_and_not_for_long() {
     assert!(most - before < 8 * 1024, "{before} KiB before, {most} KiB at most");
     let slow = house.counter("seatlock_gateway_ended_total{reason=\"slow\"}").await;
     let lost = house.counter("seatlock_gateway_disconnects_total{reason=\"transport_error\"}").await;
-    let flooded = house.counter("seatlock_gateway_ended_total{reason=\"flood\"}").await;
-    assert_eq!(slow + lost + flooded, 1, "cut by its writer's patience or by the system's");
+    assert!(slow + lost > 0, "cut by its writer's patience or by the system's");
 }

@@ -61,8 +61,8 @@ struct Shared {
     orders: Arc<Orders>,
     waiting: Mutex<HashMap<u64, oneshot::Sender<Value>>>,
     calm: Mutex<HashSet<u64>>,
-    /// When each user was last greeted or lost.
-    moves: Mutex<Vec<(u64, &'static str, u64)>>,
+    /// When each user was greeted (true) or lost.
+    moves: Mutex<Vec<(u64, bool, u64)>>,
 }
 
 impl Crowd {
@@ -167,9 +167,20 @@ impl Crowd {
         }
     }
 
-    /// Who was lost or came back since a moment of the machine's clock: user, `on` or why it was lost, when.
-    pub fn moves_since(&self, began: u64) -> Vec<(u64, &'static str, u64)> {
-        self.shared.moves.lock().unwrap().iter().filter(|(.., at)| *at >= began).copied().collect()
+    /// How often somebody was lost since a moment of the machine's clock, and for how many milliseconds at most.
+    pub fn absences(&self, began: u64) -> (usize, u64) {
+        let moves = self.shared.moves.lock().unwrap();
+        let mut away: HashMap<u64, u64> = HashMap::new();
+        let (mut count, mut longest) = (0, 0);
+        for &(user, is_on, at) in moves.iter().filter(|(.., at)| *at >= began) {
+            if is_on {
+                longest = away.remove(&user).map_or(longest, |since| longest.max(at - since));
+            } else {
+                away.insert(user, at);
+                count += 1;
+            }
+        }
+        (count, longest)
     }
 }
 
@@ -193,12 +204,12 @@ impl Shared {
             self.asked(name, &report);
         } else if let Some(user) = report["on"].as_u64() {
             let span = Span { began: number("contact"), ended: number("at") };
-            self.moves.lock().unwrap().push((user, "on", number("at")));
+            self.moves.lock().unwrap().push((user, true, number("at")));
             self.log.count(|counts| counts.reconnects += 1);
             self.log.note(span, Seen::Away { user });
             self.log.note(span, Seen::Listed { user, locks: all_told(&report["locks"]) });
         } else if let Some(user) = report["off"].as_u64() {
-            self.moves.lock().unwrap().push((user, "off", number("at")));
+            self.moves.lock().unwrap().push((user, false, number("at")));
         } else if report["stalled"] == true {
             self.log.stood_still(Span { began: number("began"), ended: number("ended") }, "the crowd");
         } else if !report["pay"].is_null() {
