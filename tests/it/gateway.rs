@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::SinkExt as _;
-use seatlock::domain::{AskOutcome, OrderResult, Personal, Quantity, Releaser};
+use seatlock::domain::{AskOutcome, LockOutcome, LockRequest, OrderResult, Personal, Quantity, Releaser};
 use seatlock::gateway::{GatewayOptions, Origins};
 use serde_json::{Value, json};
 use tokio::time::{Instant, timeout};
@@ -855,4 +855,36 @@ async fn a_replica_is_full() {
     first.leave().await;
     eventually("a place is free", async || replica.gateway.counts() == (1, 1)).await;
     replica.client(3).await;
+}
+
+/// A replica is cut off from Redis in each way in which paths break, and meanwhile something changes. When the path is
+/// back its room is right within five seconds (and what a busy machine adds), without its clients doing anything.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_room_is_right_again_after_its_replica_was_cut_off() {
+    let server = crate::support::node::Node::server(&[]).await;
+    let path = Proxy::to(std::net::SocketAddr::from(([127, 0, 0, 1], server.port))).await;
+    let ledger = redis_ledger(format!("redis://{}", path.address()), Duration::from_secs(1));
+    let elsewhere = redis_ledger(format!("redis://127.0.0.1:{}", server.port), Duration::from_secs(5));
+    let replica = replica_on(ledger, options()).await;
+    let mut watcher = replica.client(1).await;
+    let joined = watcher.ask("join-event-room", &json!({ "eventId": 1 })).await;
+    assert_eq!(joined["success"], true, "{joined}");
+    let broken = [Path::Cut, Path::Frozen, Path::OnlyUp, Path::OnlyDown];
+    for (buyer, broken) in (100..).zip(broken) {
+        path.set(broken);
+        // Longer than any call to Redis may take, and than a subscription may be silent.
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        let wanted = LockRequest {
+            stock_age_max: Duration::from_hours(1),
+            ..crate::support::ledger::request(event(1), 2, buyer, 5)
+        };
+        let granted = elsewhere.lock(&wanted).await.expect("an answer");
+        assert!(matches!(granted, LockOutcome::Granted(_)), "{granted:?}");
+        path.set(Path::Open);
+        let healed = Instant::now();
+        let left = 50 - 5 * (buyer - 99);
+        while watcher.expect("availability-update").await["availableTickets"] != left {}
+        crate::support::say(&format!("{broken:?}: the room is right after {:.2} s", healed.elapsed().as_secs_f64()));
+        assert!(healed.elapsed() < Duration::from_secs(8), "{broken:?}: {:?}", healed.elapsed());
+    }
 }
