@@ -164,8 +164,10 @@ impl Run {
 
     /// Fails if anything is to be complained of, and says what led to it.
     fn verdict(&self, failed: Result<(), String>, how: &str) {
+        self.orders.stop();
         let mut complaints = self.log.complaints();
         complaints.extend(failed.err());
+        complaints.extend(self.stage.panics.lock().unwrap().iter().cloned());
         let rules = Rules { grace: millis(GRACE), window: millis(WINDOW), shown: 5_000 };
         complaints.extend(outside::complaints(&self.log.seen(), rules));
         self.summary();
@@ -302,7 +304,7 @@ impl Run {
     async fn rest(&self) -> Result<(), String> {
         self.tell("at rest");
         self.crowd.calm(Duration::from_secs(150)).await;
-        let end = Instant::now() + Duration::from_secs(60);
+        let end = Instant::now() + Duration::from_mins(1);
         loop {
             let left: BTreeMap<u64, u64> = {
                 let shop = self.stage.shop.lock().await;

@@ -35,6 +35,13 @@ pub struct Told {
     pub expires: u64,
 }
 
+/// What a validate answers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Validity {
+    Until { lock: String, expires: u64 },
+    No,
+}
+
 /// What was seen. `None` is an answer that is not known.
 #[derive(Debug, Clone)]
 pub enum Seen {
@@ -66,12 +73,11 @@ pub enum Seen {
     },
     /// The same for everybody, or for some of whom it is not known who they are.
     AwayAll,
-    /// `Some(None)`: no valid lock.
     Validate {
         user: u64,
         category: u64,
         quantity: u64,
-        answer: Option<Option<(String, u64)>>,
+        answer: Option<Validity>,
     },
     Confirm {
         lock: String,
@@ -116,6 +122,9 @@ const SLACK: u64 = 20;
 /// Who was granted a lock in the last moment before Redis lost its data may have disconnected without our knowing.
 const LOSS_MARGIN: u64 = 500;
 
+/// What an answer proves broken, and whether it does.
+type Findings = Vec<(&'static str, bool)>;
+
 type Attempts<T> = Vec<(Span, T)>;
 
 /// One lock's life, as far as it is known.
@@ -136,7 +145,7 @@ pub struct Outside<'a> {
     lives: HashMap<&'a str, Life>,
     of_user: HashMap<u64, Vec<&'a str>>,
     of_category: HashMap<u64, Vec<&'a str>>,
-    validates: HashMap<(u64, u64), Attempts<Option<Option<(String, u64)>>>>,
+    validates: HashMap<(u64, u64), Attempts<Option<Validity>>>,
     aways: HashMap<Option<u64>, Vec<Span>>,
     wishes: HashMap<u64, Vec<(Span, String)>>,
     tickets: HashMap<u64, Vec<(u64, u64)>>,
@@ -244,7 +253,7 @@ impl<'a> Outside<'a> {
     fn deadline_min(&self, life: &Life, at: u64) -> u64 {
         let validated = self.validates.get(&(life.user, life.told.category)).into_iter().flatten();
         let pinned = validated.filter_map(|(span, answer)| match answer {
-            Some(Some((lock, expires))) if *lock == life.told.lock && span.ended <= at => Some(*expires),
+            Some(Validity::Until { lock, expires }) if *lock == life.told.lock && span.ended <= at => Some(*expires),
             _ => None,
         });
         pinned.fold(life.told.expires, u64::max)
@@ -254,7 +263,7 @@ impl<'a> Outside<'a> {
     fn deadline_max(&self, life: &Life) -> u64 {
         let validated = self.validates.get(&(life.user, life.told.category)).into_iter().flatten();
         let moved = validated.filter_map(|(span, answer)| match answer {
-            Some(Some((lock, expires))) if *lock == life.told.lock => Some(*expires),
+            Some(Validity::Until { lock, expires }) if *lock == life.told.lock => Some(*expires),
             Some(_) => None,
             None => Some(span.ended + self.rules.window),
         });
@@ -339,117 +348,35 @@ impl<'a> Outside<'a> {
     }
 
     fn judge(&self, span: Span, seen: &Seen) -> Vec<&'static str> {
-        let mut found = Vec::new();
-        let mut complain = |law, broken: bool| found.extend(broken.then_some(law));
-        match seen {
-            Seen::Granted { user, request, told, server } => {
-                let first = self.lives.get(told.lock.as_str()).is_some_and(|life| life.granted == span);
-                let other = |life: &&Life| life.told.lock != told.lock;
-                let twice = self.lives_of(*user).filter(other).any(|life| {
-                    let known = life.granted.ended <= span.began && !self.maybe_lost(life.granted.began, span.ended);
-                    life.request == *request && known
-                });
-                complain("a request that was granted has another lock now", twice);
-                if first {
-                    let of_category = self.of_category.get(&told.category).into_iter().flatten();
-                    let others = of_category.map(|lock| &self.lives[lock]).filter(other);
-                    let taken: u64 =
-                        others.filter(|life| self.counts(life, *server)).map(|life| life.told.quantity).sum();
-                    let totals = self.tickets.get(&told.category).into_iter().flatten();
-                    let most = totals.filter(|(at, _)| *at <= span.ended).map(|(_, total)| *total).max();
-                    complain("granted twice: more is taken than there is", taken + told.quantity > most.unwrap_or(0));
-                    let active = |life: &Life| self.surely_active(life, span, None);
-                    let same = |life: &&Life| other(life) && life.told.category == told.category;
-                    complain("granted a second lock of the category", self.lives_of(*user).filter(same).any(active));
-                    let now = (span.began.saturating_sub(SLACK)..=span.ended + SLACK).contains(server);
-                    complain(
-                        "granted at another time than it was asked",
-                        !now && first && !self.repeats(*user, request, span),
-                    );
+        let life = |lock: &String| self.lives.get(lock.as_str());
+        let findings = match seen {
+            Seen::Granted { user, request, told, server } => self.granted(span, *user, request, told, *server),
+            Seen::Listed { user, locks } => self.listed(span, *user, locks),
+            Seen::Validate { user, category, quantity, answer: Some(Validity::Until { lock, expires }) } => {
+                match life(lock) {
+                    Some(life) => self.valid(span, life, (*user, *category, *quantity), *expires),
+                    None => vec![("valid without a lock", true)],
                 }
             }
-            Seen::Listed { user, locks } => {
-                let lost = self.lives_of(*user).any(|life| {
-                    self.surely_active(life, span, None) && !locks.iter().any(|told| told.lock == life.told.lock)
-                });
-                complain("a lock is lost: not listed", lost);
-                let forgotten = self.lives_of(*user).any(|life| {
-                    self.to_be_handed_back(life, span) && !locks.iter().any(|told| told.lock == life.told.lock)
-                });
-                complain("a lock of a connected user was not handed back", forgotten);
-                for told in locks {
-                    let Some(life) = self.lives.get(told.lock.as_str()) else {
-                        let wished =
-                            self.wishes.get(user).into_iter().flatten().any(|(wish, _)| wish.began < span.ended);
-                        complain("a lock is listed that nobody asked for", !wished);
-                        continue;
-                    };
-                    complain("another user's lock is listed", life.user != *user);
-                    complain("listed after it had been given back", Self::surely_given_back(life, span.began));
-                    complain("listed after its deadline", span.began > self.deadline_max(life));
-                }
-            }
-            Seen::Validate { user, category, quantity, answer: Some(answer) } => match answer {
-                Some((lock, expires)) => {
-                    let Some(life) = self.lives.get(lock.as_str()) else { return vec!["valid without a lock"] };
-                    complain("valid by another's lock", (life.user, life.told.category) != (*user, *category));
-                    complain("valid by a lock of fewer tickets", life.told.quantity < *quantity);
-                    complain("valid though given back", Self::surely_given_back(life, span.began));
-                    let before = self.validates[&(*user, *category)].iter().filter(|(at, _)| at.began < span.began);
-                    let unknown = before.clone().any(|(_, answer)| answer.is_none());
-                    let late = before.filter_map(|(_, answer)| answer.clone().flatten().map(|(_, expires)| expires));
-                    let late = late.fold(life.told.expires, u64::max) + SLACK;
-                    complain("valid after its deadline", !unknown && span.began > late);
-                    complain("valid for less than the window", *expires + SLACK < span.began + self.rules.window);
-                }
-                None => {
-                    let held = |life: &Life| {
-                        (life.told.category, life.told.quantity >= *quantity) == (*category, true)
-                            && self.surely_active(life, span, None)
-                    };
-                    complain("a lock is lost: not valid", self.lives_of(*user).any(held));
-                }
-            },
-            Seen::Confirm { lock, order, answer: Some(answer) } => {
-                let Some(life) = self.lives.get(lock.as_str()) else { return vec!["confirmed what nobody locked"] };
-                let earlier = || life.confirms.iter().filter(|(at, _)| at.began < span.began);
-                let mine =
-                    earlier().any(|(at, (by, answer))| by == order && *answer == Some(true) && at.ended < span.began);
-                if *answer {
-                    let other = earlier()
-                        .any(|(at, (by, answer))| by != order && *answer == Some(true) && at.ended < span.began);
-                    complain("confirmed for two orders", other);
-                    complain("confirmed after it had been given back", Self::surely_given_back(life, span.began));
-                    let maybe = earlier().any(|(_, (_, answer))| *answer != Some(false));
-                    complain("confirmed after its deadline", !maybe && span.began > self.deadline_max(life));
-                } else {
-                    complain("a lock is lost: not confirmed", self.surely_active(life, span, Some(span.began)));
-                    let kept = mine && !self.maybe_lost(life.granted.began, span.ended);
-                    let back = life.releases.iter().any(|(at, answer)| *answer != Some(false) && at.began < span.ended);
-                    complain("a repeated confirm was refused", kept && !back);
-                }
-            }
-            Seen::Unlock { lock, answer: Some(answer) } => {
-                let Some(life) = self.lives.get(lock.as_str()) else { return found };
-                let sold =
-                    |(at, (_, answer)): &(Span, (String, Option<bool>))| *answer == Some(true) && at.ended < span.began;
-                let given = |attempts: &Attempts<Option<bool>>| {
-                    attempts.iter().any(|(at, answer)| *answer != Some(false) && at.began < span.began)
+            Seen::Validate { user, category, quantity, answer: Some(Validity::No) } => {
+                let held = |life: &Life| {
+                    (life.told.category, life.told.quantity >= *quantity) == (*category, true)
+                        && self.surely_active(life, span, None)
                 };
-                if *answer {
-                    let back = given(&life.releases);
-                    complain("its owner took a sale back", !back && life.confirms.iter().any(sold));
-                    let late = span.began > self.deadline_max(life);
-                    complain("given back after its deadline", late && !given(&life.unlocks) && !back);
-                } else {
-                    complain("a lock is lost: nothing to unlock", self.surely_active(life, span, Some(span.began)));
-                }
+                vec![("a lock is lost: not valid", self.lives_of(*user).any(held))]
+            }
+            Seen::Confirm { lock, order, answer: Some(answer) } => match life(lock) {
+                Some(life) => self.confirmed(span, life, order, *answer),
+                None => vec![("confirmed what nobody locked", *answer)],
+            },
+            Seen::Unlock { lock, answer: Some(answer) } => {
+                life(lock).map_or_else(Vec::new, |life| self.unlocked(span, life, *answer))
             }
             Seen::Sold { lock } => {
                 let confirmed = |life: &Life| {
                     life.confirms.iter().any(|(at, (_, answer))| *answer == Some(true) && at.ended <= span.ended)
                 };
-                complain("sold without a confirmed lock", !self.lives.get(lock.as_str()).is_some_and(confirmed));
+                vec![("sold without a confirmed lock", !life(lock).is_some_and(confirmed))]
             }
             Seen::Validate { .. }
             | Seen::Confirm { .. }
@@ -460,9 +387,117 @@ impl<'a> Outside<'a> {
             | Seen::AwayAll
             | Seen::Tickets { .. }
             | Seen::DataLost
-            | Seen::Expired { .. } => {}
+            | Seen::Expired { .. } => Vec::new(),
+        };
+        findings.into_iter().filter_map(|(law, broken)| broken.then_some(law)).collect()
+    }
+
+    fn granted(&self, span: Span, user: u64, request: &str, told: &Told, server: u64) -> Findings {
+        let other = |life: &&Life| life.told.lock != told.lock;
+        let twice = self.lives_of(user).filter(other).any(|life| {
+            let known = life.granted.ended <= span.began && !self.maybe_lost(life.granted.began, span.ended);
+            life.request == *request && known
+        });
+        let again = ("a request that was granted has another lock now", twice);
+        // A repeat says nothing about the time at which it is made.
+        if self.lives[told.lock.as_str()].granted != span {
+            return vec![again];
         }
-        found
+        let of_category = self.of_category.get(&told.category).into_iter().flatten();
+        let others = of_category.map(|lock| &self.lives[lock]).filter(other);
+        let taken: u64 = others.filter(|life| self.counts(life, server)).map(|life| life.told.quantity).sum();
+        let totals = self.tickets.get(&told.category).into_iter().flatten();
+        let most = totals.filter(|(at, _)| *at <= span.ended).map(|(_, total)| *total).max();
+        let active = |life: &Life| self.surely_active(life, span, None);
+        let same = |life: &&Life| other(life) && life.told.category == told.category;
+        let now = (span.began.saturating_sub(SLACK)..=span.ended + SLACK).contains(&server);
+        vec![
+            again,
+            ("granted twice: more is taken than there is", taken + told.quantity > most.unwrap_or(0)),
+            ("granted a second lock of the category", self.lives_of(user).filter(same).any(active)),
+            ("granted at another time than it was asked", !now && !self.repeats(user, request, span)),
+        ]
+    }
+
+    fn listed(&self, span: Span, user: u64, locks: &[Told]) -> Findings {
+        let is_missing = |life: &&Life| !locks.iter().any(|told| told.lock == life.told.lock);
+        let missing: Vec<&Life> = self.lives_of(user).filter(is_missing).collect();
+        let mut findings = vec![
+            ("a lock is lost: not listed", missing.iter().any(|life| self.surely_active(life, span, None))),
+            (
+                "a lock of a connected user was not handed back",
+                missing.iter().any(|life| self.to_be_handed_back(life, span)),
+            ),
+        ];
+        for told in locks {
+            let Some(life) = self.lives.get(told.lock.as_str()) else {
+                let wished = self.wishes.get(&user).into_iter().flatten().any(|(wish, _)| wish.began < span.ended);
+                findings.push(("a lock is listed that nobody asked for", !wished));
+                continue;
+            };
+            findings.push(("another user's lock is listed", life.user != user));
+            findings.push(("listed after it had been given back", Self::surely_given_back(life, span.began)));
+            findings.push(("listed after its deadline", span.began > self.deadline_max(life)));
+        }
+        findings
+    }
+
+    fn valid(&self, span: Span, life: &Life, asked: (u64, u64, u64), expires: u64) -> Findings {
+        let (user, category, quantity) = asked;
+        let before = || {
+            let all = self.validates.get(&(user, category)).into_iter().flatten();
+            all.filter(|(at, _)| at.began < span.began).map(|(_, answer)| answer)
+        };
+        let unknown = before().any(Option::is_none);
+        let moved = before().filter_map(|answer| match answer {
+            Some(Validity::Until { expires, .. }) => Some(*expires),
+            Some(Validity::No) | None => None,
+        });
+        let late = span.began > moved.fold(life.told.expires, u64::max) + SLACK;
+        vec![
+            ("valid by another's lock", (life.user, life.told.category) != (user, category)),
+            ("valid by a lock of fewer tickets", life.told.quantity < quantity),
+            ("valid though given back", Self::surely_given_back(life, span.began)),
+            ("valid after its deadline", late && !unknown),
+            ("valid for less than the window", expires + SLACK < span.began + self.rules.window),
+        ]
+    }
+
+    fn confirmed(&self, span: Span, life: &Life, order: &str, answer: bool) -> Findings {
+        let earlier = || life.confirms.iter().filter(|(at, _)| at.began < span.began);
+        let surely = |mine: bool| {
+            earlier().any(|(at, (by, answer))| (by == order) == mine && *answer == Some(true) && at.ended < span.began)
+        };
+        if answer {
+            let maybe = earlier().any(|(_, (_, answer))| *answer != Some(false));
+            return vec![
+                ("confirmed for two orders", surely(false)),
+                ("confirmed after it had been given back", Self::surely_given_back(life, span.began)),
+                ("confirmed after its deadline", !maybe && span.began > self.deadline_max(life)),
+            ];
+        }
+        let kept = surely(true) && !self.maybe_lost(life.granted.began, span.ended);
+        let back = life.releases.iter().any(|(at, answer)| *answer != Some(false) && at.began < span.ended);
+        vec![
+            ("a lock is lost: not confirmed", self.surely_active(life, span, Some(span.began))),
+            ("a repeated confirm was refused", kept && !back),
+        ]
+    }
+
+    fn unlocked(&self, span: Span, life: &Life, answer: bool) -> Findings {
+        if !answer {
+            return vec![("a lock is lost: nothing to unlock", self.surely_active(life, span, Some(span.began)))];
+        }
+        let given = |attempts: &Attempts<Option<bool>>| {
+            attempts.iter().any(|(at, answer)| *answer != Some(false) && at.began < span.began)
+        };
+        let back = given(&life.releases);
+        let sold = life.confirms.iter().any(|(at, (_, answer))| *answer == Some(true) && at.ended < span.began);
+        let late = span.began > self.deadline_max(life);
+        vec![
+            ("its owner took a sale back", sold && !back),
+            ("given back after its deadline", late && !given(&life.unlocks) && !back),
+        ]
     }
 
     /// The request was made before and may have been granted then.

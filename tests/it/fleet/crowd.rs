@@ -154,7 +154,7 @@ impl Crowd {
 
     /// Everybody asks for their locks, until all have an answer.
     pub async fn check(&self) {
-        self.ask("check", Duration::from_secs(60)).await;
+        self.ask("check", Duration::from_mins(1)).await;
     }
 
     /// Buyers give back what they hold and stop.

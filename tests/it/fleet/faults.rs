@@ -239,7 +239,7 @@ impl Breaker {
                 let mut shop = stage.shop.lock().await;
                 shop.kill().await;
                 seconds(time).await;
-                shop.reopen().await;
+                shop.reopen();
             }
             Fault::Shop(broken, index, time) => {
                 let _whole = self.shop_whole.lock().await;

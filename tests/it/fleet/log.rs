@@ -49,10 +49,6 @@ pub fn instant(value: &Value) -> u64 {
 }
 
 impl Log {
-    pub fn begin(&self) -> u64 {
-        now()
-    }
-
     pub fn end(&self, began: u64, seen: Seen) {
         self.note(Span { began, ended: now() + 1 }, seen);
     }

@@ -12,12 +12,13 @@ use lapin::{BasicProperties, Channel, Connection, ConnectionProperties};
 use serde_json::{Value, json};
 use tokio::sync::oneshot;
 use tokio::time::{Instant, sleep, timeout};
+use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use super::log::Log;
 use super::shop::Book;
 use super::{EVENT, REQUEST_TIMEOUT};
-use crate::audit::outside::Seen;
+use crate::audit::outside::{Seen, Validity};
 
 const QUEUE: &str = "realtime_queue";
 
@@ -44,21 +45,29 @@ pub struct Orders {
     pending: Pending,
     log: Arc<Log>,
     book: Book,
+    over: CancellationToken,
 }
 
 impl Orders {
     /// Connects, and connects again whenever the broker has gone, as long as it lives.
     pub fn start(url: String, log: Arc<Log>, book: Book) -> Arc<Self> {
-        let orders = Arc::new(Self { channel: Arc::default(), pending: Pending::default(), log, book });
+        let over = CancellationToken::new();
+        let orders =
+            Arc::new(Self { channel: Arc::default(), pending: Pending::default(), log, book, over: over.clone() });
         let (channel, pending) = (Arc::clone(&orders.channel), Arc::clone(&orders.pending));
         tokio::spawn(async move {
-            loop {
-                converse(&url, &channel, &pending).await.ok();
+            while !over.is_cancelled() {
+                over.run_until_cancelled(converse(&url, &channel, &pending)).await;
                 channel.lock().unwrap().take();
                 sleep(Duration::from_millis(100)).await;
             }
         });
         orders
+    }
+
+    /// Disconnects, and does not come back.
+    pub fn stop(&self) {
+        self.over.cancel();
     }
 
     async fn publish(&self, body: &Value, properties: BasicProperties) -> Option<()> {
@@ -99,7 +108,7 @@ impl Orders {
     async fn insist(&self, pattern: &str, data: &Value, seen: impl Fn(Option<&Value>) -> Seen) -> Option<Value> {
         let end = Instant::now() + INSIST;
         while Instant::now() < end {
-            let span = self.log.begin();
+            let span = super::log::now();
             let answer = self.call(pattern, data).await;
             self.log.end(span, seen(answer.as_ref()));
             if answer.is_some() {
@@ -115,11 +124,13 @@ impl Orders {
         let Wish { user, order, lock, category, quantity } = &wish;
         let asked = json!({"userId": user, "eventId": EVENT, "categoryId": category, "quantity": quantity});
         let read = |answer: Option<&Value>| {
-            let valid = |answer: &Value| {
-                let lock = answer["valid"].as_bool()?.then(|| answer["lockId"].as_str().map(str::to_owned))??;
-                Some((lock, super::log::instant(&answer["expiresAt"])))
+            let read = |answer: &Value| match answer["lockId"].as_str() {
+                Some(lock) if answer["valid"] == true => {
+                    Validity::Until { lock: lock.to_owned(), expires: super::log::instant(&answer["expiresAt"]) }
+                }
+                _ => Validity::No,
             };
-            Seen::Validate { user: *user, category: *category, quantity: *quantity, answer: answer.map(valid) }
+            Seen::Validate { user: *user, category: *category, quantity: *quantity, answer: answer.map(read) }
         };
         let Some(valid) = self.insist("validate-user-locks", &asked, read).await else { return };
         if valid["lockId"] != json!(lock) {
@@ -147,7 +158,7 @@ impl Orders {
             self.insist("release-ticket-lock", &asked, read).await;
             self.emit("order-cancelled", &report, lot.is_multiple_of(4)).await;
         } else {
-            let span = self.log.begin();
+            let span = super::log::now();
             {
                 let mut book = self.book.lock().unwrap();
                 let seats = book.get_mut(category).expect("a category");
@@ -167,7 +178,7 @@ impl Orders {
             seats.total += more;
             seats.total
         };
-        let span = self.log.begin();
+        let span = super::log::now();
         self.log.end(span, Seen::Tickets { category, total });
         self.emit("availability-changed", &json!({"eventId": EVENT}), false).await;
     }

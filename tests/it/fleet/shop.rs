@@ -30,11 +30,11 @@ pub struct Shop {
 
 impl Shop {
     /// Opens with one event whose categories have so many tickets.
-    pub async fn open(categories: &[(u64, u64)]) -> Self {
+    pub fn open(categories: &[(u64, u64)]) -> Self {
         let book = categories.iter().map(|&(id, total)| (id, Seats { total, sold: 0 })).collect();
         let address = SocketAddr::from(([127, 0, 0, 1], free_port()));
         let mut shop = Self { address, book: Arc::new(Mutex::new(book)), serving: None };
-        shop.reopen().await;
+        shop.reopen();
         shop
     }
 
@@ -46,7 +46,7 @@ impl Shop {
         }
     }
 
-    pub async fn reopen(&mut self) {
+    pub fn reopen(&mut self) {
         let socket = tokio::net::TcpSocket::new_v4().expect("a socket");
         socket.set_reuseaddr(true).expect("a socket");
         socket.bind(self.address).expect("our own port");

@@ -41,6 +41,8 @@ pub struct Stage {
     _folder: TempDir,
     /// Where clients go.
     pub url: String,
+    /// What replicas that have ended said of panics.
+    pub panics: std::sync::Mutex<Vec<String>>,
     settings: Vec<(String, String)>,
     http: reqwest::Client,
 }
@@ -77,7 +79,7 @@ impl Stage {
         // What was answered is in the file: a killed server has everything, as long as the machine runs.
         let redis = Node::server(&["--appendonly", "yes", "--appendfsync", "no"]);
         let (redis, rabbit) = tokio::join!(redis, RabbitServer::start());
-        let shop = Shop::open(categories).await;
+        let shop = Shop::open(categories);
         let mut posts = Vec::new();
         for name in ['a', 'b', 'c'] {
             let port = free_port();
@@ -110,6 +112,7 @@ impl Stage {
             haproxy,
             _folder: folder,
             url: format!("http://{public}"),
+            panics: std::sync::Mutex::default(),
             settings: settings.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect(),
             http: reqwest::Client::builder().timeout(Duration::from_secs(3)).build().expect("a client"),
         });
@@ -179,23 +182,25 @@ impl Stage {
 
     /// `kill -9` of a replica.
     pub async fn kill(&self, post: &Post) {
-        let mut process = post.process.lock().await.take().expect("it runs");
-        process.signal("KILL");
-        tokio::task::spawn_blocking(move || process.exit_code()).await.expect("it ends");
+        self.end(post, "KILL").await;
     }
 
     /// SIGTERM to a replica, and its exit code once it has drained.
     pub async fn drain(&self, post: &Post) -> i32 {
+        self.end(post, "TERM").await
+    }
+
+    /// Ends a replica and reads what it has logged.
+    async fn end(&self, post: &Post, signal: &str) -> i32 {
         let mut process = post.process.lock().await.take().expect("it runs");
-        process.signal("TERM");
-        let (code, log) =
-            tokio::task::spawn_blocking(move || (process.exit_code(), process.log())).await.expect("it ends");
-        if code != 0 {
-            crate::support::say(&format!(
-                "replica {} ended with {code}: {:#?}",
-                post.name,
-                log.iter().rev().take(20).collect::<Vec<_>>()
-            ));
+        process.signal(signal);
+        let ended = tokio::task::spawn_blocking(move || (process.exit_code(), process.log()));
+        let (code, log) = ended.await.expect("it ends");
+        let faults = log.iter().filter(|line| line.contains("panicked"));
+        self.panics.lock().unwrap().extend(faults.map(|line| format!("replica {}: {line}", post.name)));
+        if code != 0 && signal == "TERM" {
+            let last: Vec<_> = log.iter().rev().take(20).rev().collect();
+            crate::support::say(&format!("replica {} ended with {code}: {last:#?}", post.name));
         }
         code
     }

@@ -1,6 +1,6 @@
 //! Histories that break a promise, each of which the auditor must refuse, beside those that only look so.
 
-use super::{Rules, Seen, Span, Told, complaints};
+use super::{Rules, Seen, Span, Told, Validity, complaints};
 
 const RULES: Rules = Rules { grace: 10_000, window: 15_000, shown: 5_000 };
 const TTL: u64 = 20_000;
@@ -40,9 +40,12 @@ fn confirm(lock: &str, order: &str, answer: Option<bool>) -> Seen {
     Seen::Confirm { lock: lock.to_owned(), order: order.to_owned(), answer }
 }
 
-fn validate(answer: Option<Option<(&str, u64)>>) -> Seen {
-    let answer = answer.map(|valid| valid.map(|(lock, expires)| (lock.to_owned(), expires)));
-    Seen::Validate { user: 1, category: 1, quantity: 2, answer }
+fn validate(answer: Validity) -> Seen {
+    Seen::Validate { user: 1, category: 1, quantity: 2, answer: Some(answer) }
+}
+
+fn until(lock: &str, expires: u64) -> Validity {
+    Validity::Until { lock: lock.to_owned(), expires }
 }
 
 fn none() -> Seen {
@@ -102,11 +105,11 @@ fn a_lost_lock() {
     accepted(&with(one.clone(), &[lists(12_000), (span(1500, 12_500), Seen::AwayAll)]));
     accepted(&with(one.clone(), &[lists(1000 + TTL)]));
     accepted(&with(one.clone(), &[lists(2000), (span(1900, u64::MAX), unlock("a", None))]));
-    refused(&with(one.clone(), &[(span(2000, 2001), validate(Some(None)))]), "not valid");
+    refused(&with(one.clone(), &[(span(2000, 2001), validate(Validity::No))]), "not valid");
     refused(&with(one.clone(), &[(span(2000, 2001), confirm("a", "o", Some(false)))]), "not confirmed");
     refused(&with(one.clone(), &[(span(2000, 2001), unlock("a", Some(false)))]), "nothing to unlock");
     // A validated lock lives longer.
-    let pinned = with(one, &[(span(20_000, 20_001), validate(Some(Some(("a", 36_000)))))]);
+    let pinned = with(one, &[(span(20_000, 20_001), validate(until("a", 36_000)))]);
     refused(&with(pinned, &[lists(30_000)]), "not listed");
 }
 
@@ -127,7 +130,7 @@ fn a_lock_that_ends_twice() {
         &with(back.clone(), &[(span(1200, 1201), confirm("a", "o", Some(true)))]),
         "confirmed after it had been given back",
     );
-    refused(&with(back.clone(), &[(span(1200, 1201), validate(Some(Some(("a", 30_000)))))]), "valid though given back");
+    refused(&with(back.clone(), &[(span(1200, 1201), validate(until("a", 30_000)))]), "valid though given back");
     let listed = Seen::Listed { user: 1, locks: vec![told("a", 2, 1000)] };
     refused(&with(back, &[(span(1200, 1201), listed.clone())]), "listed after it had been given back");
     refused(&with(one.clone(), &[(span(22_000, 22_001), listed)]), "listed after its deadline");
@@ -143,7 +146,7 @@ fn a_lock_that_ends_twice() {
         "a repeated confirm was refused",
     );
     let sold = (Span::at(1300), Seen::Sold { lock: "a".to_owned() });
-    accepted(&with(paid.clone(), &[sold.clone()]));
+    accepted(&with(paid.clone(), std::slice::from_ref(&sold)));
     refused(&with(paid, &[sold.clone(), sold]), "sold twice");
 }
 
@@ -152,11 +155,8 @@ fn answers_that_belong_to_somebody_else() {
     let two = granted(&[(1, "a", 2, 1000), (2, "b", 2, 1000)]);
     let others = Seen::Listed { user: 2, locks: vec![told("a", 2, 1000), told("b", 2, 1000)] };
     refused(&with(two.clone(), &[(span(1100, 1101), others)]), "another user's lock is listed");
-    refused(&with(two.clone(), &[(span(1100, 1101), validate(Some(Some(("b", 30_000)))))]), "valid by another's lock");
-    refused(
-        &with(two.clone(), &[(span(1100, 1101), validate(Some(Some(("a", 3000)))))]),
-        "valid for less than the window",
-    );
+    refused(&with(two.clone(), &[(span(1100, 1101), validate(until("b", 30_000)))]), "valid by another's lock");
+    refused(&with(two.clone(), &[(span(1100, 1101), validate(until("a", 3000)))]), "valid for less than the window");
     let again = |lock: &str, request: &str, user: u64| {
         let seen = Seen::Granted { user, request: request.to_owned(), told: told(lock, 2, 1100), server: 1100 };
         (span(1099, 1101), seen)
