@@ -152,6 +152,9 @@ metrics! {
     gauge RPC_BLOCKED = "seatlock_rpc_blocked";
     /// Messages in work, sampled every second.
     gauge RPC_IN_WORK = "seatlock_rpc_in_work";
+    // app
+    /// Tasks of this process, sampled every five seconds: a few for each open socket.
+    gauge APP_TASKS = "seatlock_app_tasks";
     // http
     /// HTTP answers beside Socket.IO, by route and class of status.
     counter HTTP_REQUESTS = "seatlock_http_requests_total" { route, status };

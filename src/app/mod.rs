@@ -34,7 +34,7 @@ use crate::{
     shutdown::{Phase, Shutdown},
 };
 
-/// How often the metrics' buffers are emptied, so that they do not grow when nobody reads them.
+/// How often the metrics' buffers are emptied, so that they do not grow when nobody reads them, and tasks are counted.
 const UPKEEP_EVERY: Duration = Duration::from_secs(5);
 
 /// Kept of the drain: for the farewell to the ledger, and for connections that do not close by themselves.
@@ -255,9 +255,14 @@ fn invite(address: SocketAddr) {
 
 async fn upkeep(handle: metrics::Handle, stop: CancellationToken) {
     let mut ticks = interval(UPKEEP_EVERY);
+    let runtime = tokio::runtime::Handle::current();
     loop {
         tokio::select! {
-            _ = ticks.tick() => handle.run_upkeep(),
+            _ = ticks.tick() => {
+                handle.run_upkeep();
+                let tasks = u32::try_from(runtime.metrics().num_alive_tasks()).unwrap_or(u32::MAX);
+                metrics::APP_TASKS.set(&[], tasks.into());
+            }
             () = stop.cancelled() => return,
         }
     }

@@ -41,6 +41,9 @@ pub trait Audience: Send + Sync + 'static {
 
     /// A message for every local socket of the user, in the order in which they were sent.
     fn personal(&self, user: UserId, message: &Personal);
+
+    /// Messages for users may have been missed; rooms are read again without the audience's help. Nothing by itself.
+    fn missed(&self) {}
 }
 
 /// Lock changes of one kind in one category, summed over a tick.

@@ -87,6 +87,7 @@ impl Pump {
                 for event in events {
                     self.shared.read_within(event, RESYNC_SPREAD);
                 }
+                self.audience.missed();
             }
         }
     }

@@ -14,7 +14,7 @@ use tokio::time::{Instant, sleep, sleep_until, timeout, timeout_at};
 use super::auth::Claims;
 use super::session::{Answer, Ending, Incoming, Sent, Session};
 use super::wire::{self, About, Code, Json, Name, Refusal};
-use super::{Shared, now};
+use super::{Doubts, Shared, now};
 use crate::domain::{
     Availability, EventId, Kept, LockStatus, Personal, ReleaseReason, RestoreOutcome, RestoreRequest, UserId,
 };
@@ -113,18 +113,28 @@ pub(super) struct Actor {
     listening: Option<Listening>,
     /// The client has been told that it is connected.
     greeted: bool,
-    doubts: watch::Receiver<u64>,
-    /// The doubt that the entry under way began with, and the last one that an entry has put to rest.
-    doubt: u64,
-    rested: u64,
+    doubts: watch::Receiver<Doubts>,
+    /// The doubts that the entry under way began with, and the last ones that an entry has put to rest.
+    doubt: Doubts,
+    rested: Doubts,
     token: Token,
     pub watched: HashMap<EventId, Watching>,
     /// Set while a join is answered: what the joiner gets next.
     pub joined: Option<(EventId, Vec<Availability>)>,
     /// When the message in work must be answered.
     pub deadline: Instant,
-    /// Set when the replica drains: what is in the inbox is still answered, nothing more is taken.
-    moving: bool,
+    moving: Moving,
+}
+
+/// How a session stands with a drain of its replica.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Moving {
+    /// There is none.
+    No,
+    /// It goes on as before until its turn comes.
+    At(Instant),
+    /// What is in the inbox is still answered, nothing more is taken.
+    Now,
 }
 
 impl Actor {
@@ -153,7 +163,7 @@ impl Actor {
             watched: HashMap::new(),
             joined: None,
             deadline: Instant::now(),
-            moving: false,
+            moving: Moving::No,
         }
     }
 
@@ -176,23 +186,22 @@ impl Actor {
                     self.shared.end(&self.session, Ending::Drain);
                     return;
                 }
-                () = self.shared.draining.cancelled(), if !self.moving => {
-                    self.moving = true;
-                    self.inbox.close();
+                () = self.shared.draining.cancelled(), if self.moving == Moving::No => {
+                    self.moving = Moving::At(self.shared.turn());
                 }
                 () = sleep_until(wake) => self.tick().await,
                 Some((name, data)) = self.post.recv() => {
                     self.patiently(|session| session.emit(name, &data)).await;
                 }
                 Ok(()) = self.doubts.changed() => {
-                    if let Standing::In { .. } = self.standing {
+                    if let Standing::In { .. } = self.standing && self.doubts_itself() {
                         self.standing = Standing::Out { at: Instant::now(), pause: ENTER_RETRY };
                     }
                 }
                 entered = Self::entered(&mut self.standing) => self.settle(entered).await,
                 message = self.inbox.recv() => match message {
                     Some(message) => self.handle(message).await,
-                    None if self.moving => {
+                    None if self.moving == Moving::Now => {
                         self.shared.end(&self.session, Ending::Drain);
                         return;
                     }
@@ -200,6 +209,13 @@ impl Actor {
                 },
             }
         }
+    }
+
+    /// What the last entry said may not be so any more.
+    fn doubts_itself(&self) -> bool {
+        let now = *self.doubts.borrow();
+        now.of_sessions > self.rested.of_sessions
+            || now.of_locks > self.rested.of_locks && self.shared.keep.knows(self.session.user)
     }
 
     /// When something is due by itself.
@@ -211,13 +227,23 @@ impl Actor {
             }
             Token::Expired(closes) => closes,
         };
+        let own = match self.moving {
+            Moving::At(turn) => turn.min(token),
+            Moving::No | Moving::Now => token,
+        };
         match self.standing {
-            Standing::Out { at, .. } => at.min(token),
-            Standing::Entering(..) | Standing::In { .. } => token,
+            Standing::Out { at, .. } => at.min(own),
+            Standing::Entering(..) | Standing::In { .. } => own,
         }
     }
 
     async fn tick(&mut self) {
+        if let Moving::At(turn) = self.moving
+            && turn <= Instant::now()
+        {
+            self.moving = Moving::Now;
+            self.inbox.close();
+        }
         match self.token {
             Token::Good(until) if until <= SystemTime::now() => {
                 self.token = Token::Expired(Instant::now() + self.shared.options.token_grace);
@@ -260,7 +286,7 @@ impl Actor {
         };
         let (shared, user, id) = (Arc::clone(&self.shared), self.session.user, self.session.id);
         self.doubt = *self.doubts.borrow();
-        let (listen, doubted) = (self.listening.is_none(), self.doubt > self.rested);
+        let (listen, doubted) = (self.listening.is_none(), self.doubt != self.rested);
         let task = tokio::spawn(async move {
             // The semaphore is never closed.
             let _permit = shared.entering.acquire().await.ok();
@@ -313,7 +339,7 @@ impl Actor {
         self.standing = Standing::In { generation: presence.generation };
         self.listening = listening.or(self.listening.take());
         self.rested = self.doubt;
-        if *self.doubts.borrow() > self.rested {
+        if self.doubts_itself() {
             // Doubted while it was under way: it proves nothing.
             self.standing = Standing::Out { at: Instant::now(), pause: ENTER_RETRY };
         }
@@ -326,6 +352,9 @@ impl Actor {
     }
 
     async fn handle(&mut self, message: Incoming) {
+        if self.inbox.is_empty() {
+            self.session.forgive();
+        }
         self.deadline = message.at + self.shared.options.request_timeout;
         let (name, answer) = match wire::split(&message.text) {
             None => (None, Answer::unknown("")),
@@ -430,6 +459,8 @@ impl Shared {
             };
             let reason = ReleaseReason::Released;
             let message = match (kept, end) {
+                // The sale is not settled, as far as is known here, and can still be lost.
+                (Kept::Confirmed { .. }, Some(LockStatus::Confirmed)) => continue,
                 (Kept::Confirmed { .. }, _) | (_, Some(LockStatus::Confirmed) | None) => None,
                 // It began after the session entered: nothing is lost.
                 (_, Some(LockStatus::Active)) => continue,

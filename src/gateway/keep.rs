@@ -100,6 +100,11 @@ impl Keep {
         lock(&self.users).remove(&user);
     }
 
+    /// Whether anything is remembered of a user.
+    pub fn knows(&self, user: UserId) -> bool {
+        lock(&self.users).get(&user).is_some_and(|locks| !locks.is_empty())
+    }
+
     /// What is remembered of a user.
     pub fn of(&self, user: UserId) -> Vec<Memento> {
         lock(&self.users).get(&user).cloned().unwrap_or_default()

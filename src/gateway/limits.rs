@@ -17,6 +17,10 @@ pub const MESSAGE_BYTES_MAX: usize = 32 * 1024;
 /// a page asks in one go after it was offline, and little enough to be worked off within a few request timeouts.
 pub const INBOX_LEN_MAX: usize = 128;
 
+/// Messages of one socket that are answered `rate_limited` because its inbox is full before the connection is closed, unless
+/// the inbox has been empty in between: eight times what may wait. No page asks so much without waiting for an answer.
+pub const REFUSALS_MAX: usize = 8 * INBOX_LEN_MAX;
+
 /// What a client is told to wait when its own messages stand in its way.
 pub const INBOX_RETRY_AFTER: Duration = Duration::from_secs(1);
 

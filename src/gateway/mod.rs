@@ -20,6 +20,7 @@ mod session;
 mod wire;
 
 use std::fmt;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -32,7 +33,7 @@ use socketioxide::extract::{SocketRef, TryData};
 use socketioxide::handler::ConnectHandler as _;
 use socketioxide::{ParserConfig, SocketIo};
 use tokio::sync::{Semaphore, watch};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tower::Service as _;
@@ -47,7 +48,7 @@ pub use self::line::{Line, LineStream};
 use self::rooms::{Here, Rooms};
 use self::session::WeakSocket;
 use self::wire::Auth;
-use crate::domain::{Instant, RateLimit};
+use crate::domain::{self, RateLimit};
 use crate::fanout::{Audience, Fanout};
 use crate::inventory::Stock;
 use crate::ledger::Ledger;
@@ -62,6 +63,14 @@ const LEAVING_MAX: usize = 64;
 /// Sessions that tell the ledger at the same time that they are here: after an outage all of them do.
 const ENTERING_MAX: usize = 64;
 
+/// Before a draining replica moves its first client: load balancers look at readiness about once a second, and a client
+/// that is moved before they have looked may be sent back here. At most an eighth of the time for draining.
+const DRAIN_NOTICE: Duration = Duration::from_secs(1);
+
+/// Between two clients that a draining replica moves, where there is time: so few come back at once that nobody notices,
+/// and a replica with a hundred clients still is empty within seconds.
+const DRAIN_GAP: Duration = Duration::from_millis(50);
+
 /// After the time for draining is over: to cut what is left and to say so.
 const DRAIN_LAST: Duration = Duration::from_secs(2);
 
@@ -71,9 +80,9 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 /// This machine's time, for messages whose time decides nothing.
-fn now() -> Instant {
+fn now() -> domain::Instant {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    Instant::from_ms(since.as_millis().try_into().unwrap_or(u64::MAX))
+    domain::Instant::from_ms(since.as_millis().try_into().unwrap_or(u64::MAX))
 }
 
 /// How the gateway treats its clients.
@@ -146,12 +155,46 @@ struct Shared {
     leaving: Semaphore,
     /// Sessions that may tell the ledger at the same time that they are here.
     entering: Arc<Semaphore>,
-    /// Rises when the ledger may have lost what was entered into it.
-    doubts: watch::Sender<u64>,
-    /// Nobody is taken in any more; sessions finish what they have been asked.
+    doubts: watch::Sender<Doubts>,
+    /// Nobody is taken in any more; sessions go on until their turn to move.
     draining: CancellationToken,
+    /// Set before `draining`.
+    turns: OnceLock<Turns>,
     /// They finish at once.
     impatient: CancellationToken,
+}
+
+/// How often this replica had reason to doubt that it and the ledger know the same. Each only rises.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Doubts {
+    /// The ledger may have lost the sessions that were entered into it.
+    of_sessions: u64,
+    /// Messages about locks may have been missed: who is remembered to have some asks again.
+    of_locks: u64,
+}
+
+/// When a draining replica moves its clients: one after the other, evenly.
+struct Turns {
+    first: Instant,
+    gap: Duration,
+    /// How many have a turn.
+    count: usize,
+    taken: AtomicUsize,
+}
+
+impl Turns {
+    /// For so many clients, all within `limit`. Two thirds of it are for moving, the rest for what the last were asked.
+    fn new(count: usize, limit: Duration, now: Instant) -> Self {
+        let shares = u32::try_from(count.max(1)).unwrap_or(u32::MAX);
+        let gap = (limit * 2 / 3 / shares).min(DRAIN_GAP);
+        Self { first: now + DRAIN_NOTICE.min(limit / 8), gap, count, taken: AtomicUsize::new(0) }
+    }
+
+    /// The next one's turn. Who came while the drain began moves with the last.
+    fn take(&self) -> Instant {
+        let before = self.taken.fetch_add(1, Ordering::Relaxed).min(self.count);
+        self.first + self.gap * u32::try_from(before).unwrap_or(u32::MAX)
+    }
 }
 
 impl fmt::Debug for Shared {
@@ -164,6 +207,11 @@ impl fmt::Debug for Shared {
 type Transport = Box<dyn Fn(Request<Body>) -> BoxFuture<'static, Response> + Send + Sync>;
 
 impl Shared {
+    /// When a client is to be moved.
+    fn turn(&self) -> Instant {
+        self.turns.get().map_or_else(Instant::now, Turns::take)
+    }
+
     /// Ends a polling session as its client would: a close packet in a request of its own.
     async fn close_polling(&self, sid: &str) {
         let request = Request::post(format!("/socket.io/?EIO=4&transport=polling&sid={sid}"))
@@ -244,8 +292,9 @@ impl Gateway {
                 tasks: TaskTracker::new(),
                 leaving: Semaphore::new(LEAVING_MAX),
                 entering: Arc::new(Semaphore::new(ENTERING_MAX)),
-                doubts: watch::Sender::new(0),
+                doubts: watch::Sender::default(),
                 draining: CancellationToken::new(),
+                turns: OnceLock::new(),
                 impatient: CancellationToken::new(),
             }
         });
@@ -284,16 +333,20 @@ impl Gateway {
     /// The ledger may have lost what was entered into it: every session enters again, and what this replica remembers
     /// of its users' locks is handed back. Returns at once; goes on until the ledger has answered.
     pub fn reassure(&self) {
-        self.shared.doubts.send_modify(|doubts| *doubts += 1);
+        self.shared.doubts.send_modify(|doubts| doubts.of_sessions += 1);
     }
 
-    /// Takes nobody in any more, answers what has been asked, closes the connections so that clients go elsewhere, and
-    /// hands their locks over with the longer grace. Returns when all that is done, and after `limit` and twice
-    /// [`DRAIN_LAST`] at the latest.
+    /// Takes nobody in any more and moves the clients, spread over two thirds of `limit`: each is served until its turn,
+    /// then what it has asked is answered and its connection is closed, so that it goes elsewhere by itself. Locks are
+    /// handed over with the longer grace. Returns when all that is done, and after `limit` and twice [`DRAIN_LAST`] at
+    /// the latest.
     pub async fn drain(&self, limit: Duration) {
         let shared = &self.shared;
         let (_, sockets) = self.counts();
-        tracing::info!(sockets, "draining the sockets");
+        let turns = Turns::new(sockets, limit, Instant::now());
+        tracing::info!(sockets, gap_ms = turns.gap.as_secs_f64() * 1000.0, "draining the sockets");
+        // Only the first drain counts.
+        shared.turns.set(turns).ok();
         shared.draining.cancel();
         shared.tasks.close();
         if timeout(limit, shared.tasks.wait()).await.is_err() {

@@ -316,4 +316,8 @@ impl Audience for Here {
     fn personal(&self, user: UserId, message: &Personal) {
         self.0.tell_user(user, message);
     }
+
+    fn missed(&self) {
+        self.0.doubts.send_modify(|doubts| doubts.of_locks += 1);
+    }
 }

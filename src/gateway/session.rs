@@ -6,7 +6,7 @@
 use std::collections::HashSet;
 use std::convert::Infallible;
 use std::fmt;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
@@ -22,7 +22,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::actor::Actor;
 use super::auth::Claims;
-use super::limits::{INBOX_LEN_MAX, INBOX_RETRY_AFTER, Seat};
+use super::limits::{INBOX_LEN_MAX, INBOX_RETRY_AFTER, REFUSALS_MAX, Seat};
 use super::line::Line;
 use super::rooms::room_of_user;
 use super::wire::{self, About, Code, Json, Name, Refusal};
@@ -44,6 +44,8 @@ pub enum Ending {
     Token,
     /// It did not take what it was sent.
     Slow,
+    /// It went on asking although it was told to wait.
+    Flood,
     /// This replica is going away.
     Drain,
     /// A defect of ours: its task panicked.
@@ -55,6 +57,7 @@ impl Ending {
         match self {
             Self::Token => "token_expired",
             Self::Slow => "slow",
+            Self::Flood => "flood",
             Self::Drain => "drain",
             Self::Fault => "fault",
         }
@@ -191,6 +194,8 @@ pub struct Session {
     /// The line of the connection that the session was opened on.
     line: Option<Line>,
     seat: Mutex<Option<Seat>>,
+    /// Messages refused since the inbox was empty last.
+    refused: AtomicUsize,
     /// `None` when the session is over.
     rooms: Mutex<Option<HashSet<EventId>>>,
     mail: mpsc::Sender<(&'static str, Json)>,
@@ -230,14 +235,22 @@ impl Session {
         }
     }
 
-    /// Refuses a message because too many of the same socket wait already.
-    fn refuse(&self, message: &Incoming) {
+    /// Refuses a message because too many of the same socket wait already. True when that is enough.
+    fn refuse(&self, message: &Incoming) -> bool {
         let name = wire::split(&message.text).and_then(|(name, _)| Name::parse(&name));
         let answer = Answer::refusal(name, &Refusal::later(INBOX_RETRY_AFTER), &About::default());
         metrics::GATEWAY_MESSAGES.count(&[name.map_or("unknown", Name::as_str)]);
         answer.count(name);
         if self.answer(&answer, message.ack) == Sent::Full {
             metrics::GATEWAY_DROPPED.count(&["answer"]);
+        }
+        self.refused.fetch_add(1, Ordering::Relaxed) + 1 >= REFUSALS_MAX
+    }
+
+    /// The inbox is empty: the client has waited for its answers.
+    pub fn forgive(&self) {
+        if self.refused.load(Ordering::Relaxed) > 0 {
+            self.refused.store(0, Ordering::Relaxed);
         }
     }
 
@@ -311,6 +324,7 @@ impl Shared {
             socket: Arc::downgrade(socket),
             line: socket.req_parts().extensions.get::<Line>().cloned(),
             seat: Mutex::new(Some(seat)),
+            refused: AtomicUsize::new(0),
             rooms: Mutex::new(Some(HashSet::new())),
             mail,
         });
@@ -319,10 +333,13 @@ impl Shared {
         let actor = Actor::new(Arc::clone(self), Arc::clone(&session), claims, inbox, post);
         socket.extensions.insert(Arc::new(Mutex::new(Some(actor))));
         socket.on_fallback({
-            let session = Arc::clone(&session);
+            let (session, shared) = (Arc::clone(&session), Arc::downgrade(self));
             move |message: Incoming| {
-                if let Err(TrySendError::Full(message)) = sender.try_send(message) {
-                    session.refuse(&message);
+                if let Err(TrySendError::Full(message)) = sender.try_send(message)
+                    && session.refuse(&message)
+                    && let Some(shared) = shared.upgrade()
+                {
+                    shared.end(&session, Ending::Flood);
                 }
                 std::future::ready(())
             }

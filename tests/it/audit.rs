@@ -7,6 +7,7 @@
 mod facts;
 mod forged;
 mod laws;
+pub mod outside;
 
 use std::time::Duration;
 

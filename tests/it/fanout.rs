@@ -1,6 +1,7 @@
 //! The fan-out between the embedded ledger and an audience that writes down what it is told, on a stepped clock; and once
 //! on a real Redis that dies.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -26,6 +27,7 @@ struct Ears {
     updates: Mutex<Vec<(Instant, Availability)>>,
     others: Mutex<Vec<(EventId, Summary)>>,
     personal: Mutex<Vec<(UserId, Personal)>>,
+    missed: AtomicUsize,
 }
 
 impl Audience for Ears {
@@ -42,6 +44,10 @@ impl Audience for Ears {
 
     fn personal(&self, user: UserId, message: &Personal) {
         self.personal.lock().expect("no panic").push((user, message.clone()));
+    }
+
+    fn missed(&self) {
+        self.missed.fetch_add(1, Ordering::SeqCst);
     }
 }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::SinkExt as _;
-use seatlock::domain::{AskOutcome, OrderResult, Personal, Quantity, Releaser};
+use seatlock::domain::{AskOutcome, LockOutcome, LockRequest, OrderResult, Personal, Quantity, Releaser};
 use seatlock::gateway::{GatewayOptions, Origins};
 use serde_json::{Value, json};
 use tokio::time::{Instant, timeout};
@@ -16,6 +16,7 @@ use crate::support::gateway::{
     Browser, Got, PATIENCE, Raw, Replica, options, redis_ledger, replica, replica_on, token, token_for,
 };
 use crate::support::ledger::{category, event, order_id, snapshot, user};
+use crate::support::proxy::{Path, Proxy};
 use crate::support::redis::RedisServer;
 
 fn lock(event: u64, category: u64, quantity: u64) -> Value {
@@ -665,11 +666,14 @@ async fn a_client_that_does_not_read_is_cut_and_hurts_nobody() {
     stalled.ask("join-event-room", &json!({ "eventId": 1 })).await;
     let mut watcher = replica.client(2).await;
     watcher.ask("join-event-room", &json!({ "eventId": 1 })).await;
-    // From here on `stalled` sends and never reads: the answers fill every buffer on the way.
+    // From here on `stalled` sends and never reads: the answers fill every buffer on the way. It asks too slowly for a
+    // flood, for five hundred categories at a time.
     let (mut sink, _unread) = futures_util::StreamExt::split(stalled.socket);
     let flood = tokio::spawn(async move {
-        let ask = format!("42/realtime,1{}", json!(["join-event-room", { "eventId": 1 }]));
-        while sink.send(Message::text(ask.clone())).await.is_ok() {}
+        let ask = format!("42/realtime,1{}", json!(["join-event-room", { "eventId": 9 }]));
+        while sink.send(Message::text(ask.clone())).await.is_ok() {
+            tokio::time::sleep(Duration::from_millis(25)).await;
+        }
     });
     let begun = Instant::now();
     let mut buyer = replica.client(3).await;
@@ -751,4 +755,136 @@ async fn nothing_is_left_behind() {
     let lock = replica.grant(1, 1, 9, 2).await;
     let by = Releaser::Owner { user: user(9), session: None };
     replica.ledger.release(lock, by).await.expect("an answer");
+}
+
+/// Two hundred clients are moved one after the other over the time for draining, after a moment in which load balancers
+/// notice; each is served until its turn.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_drain_is_spread_over_its_time() {
+    const CLIENTS: u64 = 200;
+    let limit = Duration::from_secs(9);
+    let replica = replica(options()).await;
+    let mut clients = Vec::new();
+    for user in 1..=CLIENTS {
+        clients.push(replica.client(user).await);
+    }
+    let begun = Instant::now();
+    let drain = tokio::spawn({
+        let gateway = replica.gateway.clone();
+        async move { gateway.drain(limit).await }
+    });
+    let moved = clients.into_iter().map(|mut client| {
+        tokio::spawn(async move {
+            let mut answered = Duration::ZERO;
+            for id in 0.. {
+                // A client whose turn it is may not get this one out any more.
+                let asked = Message::text(format!("42/realtime,{id}[\"heartbeat\"]"));
+                client.socket.send(asked).await.ok();
+                match client.next().await {
+                    Got::Ack(..) => answered = begun.elapsed(),
+                    Got::Closed => break,
+                    other => panic!("{other:?}"),
+                }
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+            (answered, begun.elapsed())
+        })
+    });
+    let mut times = Vec::new();
+    for one in moved.collect::<Vec<_>>() {
+        times.push(one.await.expect("no panic"));
+    }
+    drain.await.expect("no panic");
+    times.sort_by_key(|(_, moved)| *moved);
+    let notice = Duration::from_secs(1);
+    assert!(times[0].1 >= notice, "the first was moved after {:?}", times[0].1);
+    let last = times.last().expect("many").1;
+    assert!(last < limit, "the last was moved after {last:?}");
+    // Evenly over two thirds of the limit: no second has much more than its share, which is a sixth.
+    for second in 0..limit.as_secs() {
+        let (from, to) = (Duration::from_secs(second), Duration::from_secs(second + 1));
+        let share = times.iter().filter(|(_, moved)| (from..to).contains(moved)).count();
+        assert!(share < 90, "{share} of {CLIENTS} in second {second}");
+    }
+    let late = times.iter().filter(|(_, moved)| *moved > notice + limit / 3).count();
+    assert!(late > 50, "only {late} of {CLIENTS} were moved in the second half");
+    for (answered, moved) in &times {
+        assert!(*moved - *answered < Duration::from_secs(3), "served until {answered:?}, moved at {moved:?}");
+    }
+}
+
+/// The path to Redis is cut for a moment, and meanwhile a lock ends elsewhere. Its owner is told all the same when the
+/// path is back, although the message went by while nobody listened.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_happened_to_a_lock_while_nobody_listened_is_told_afterwards() {
+    let server = crate::support::node::Node::server(&[]).await;
+    let path = Proxy::to(std::net::SocketAddr::from(([127, 0, 0, 1], server.port))).await;
+    let ledger = redis_ledger(format!("redis://{}", path.address()), Duration::from_secs(1));
+    let elsewhere = redis_ledger(format!("redis://127.0.0.1:{}", server.port), Duration::from_secs(5));
+    let replica = replica_on(ledger, options()).await;
+    let mut owner = replica.client(1).await;
+    let mut idle = replica.client(2).await;
+    let mut ids = Vec::new();
+    for wanted in [lock(1, 1, 2), lock(1, 2, 3)] {
+        let granted = owner.ask("lock-tickets", &wanted).await;
+        ids.push(granted["lockId"].as_str().expect("granted").parse::<seatlock::domain::LockId>().expect("an id"));
+    }
+    path.set(Path::Cut);
+    let by = Releaser::Orders { user: Some(user(1)) };
+    elsewhere.release(ids[0], by).await.expect("an answer");
+    path.set(Path::Open);
+    let told = owner.expect("lock-released").await;
+    assert_eq!(
+        told,
+        json!({"lockId": ids[0].to_string(), "eventId": 1, "categoryId": 1, "quantity": 2, "reason": "released"})
+    );
+    let left = owner.ask("get-my-locks", &Value::Null).await;
+    assert_eq!(left["locks"].as_array().map(Vec::len), Some(1), "{left}");
+    assert_eq!(idle.within(Duration::from_millis(200)).await, []);
+}
+
+/// A replica that is full takes nobody in until somebody goes.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replica_is_full() {
+    let replica = replica(GatewayOptions { sockets_max: 2, ..options() }).await;
+    let first = replica.client(1).await;
+    let mut second = replica.client(2).await;
+    let refused = replica.raw("").await.refusal(&json!({ "token": token(3) })).await;
+    assert_eq!(refused, "too_many_connections");
+    assert!(is_instant(&second.ask("heartbeat", &json!({})).await["timestamp"]));
+    first.leave().await;
+    eventually("a place is free", async || replica.gateway.counts() == (1, 1)).await;
+    replica.client(3).await;
+}
+
+/// A replica is cut off from Redis in each way in which paths break, and meanwhile something changes. When the path is
+/// back its room is right within five seconds (and what a busy machine adds), without its clients doing anything.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_room_is_right_again_after_its_replica_was_cut_off() {
+    let server = crate::support::node::Node::server(&[]).await;
+    let path = Proxy::to(std::net::SocketAddr::from(([127, 0, 0, 1], server.port))).await;
+    let ledger = redis_ledger(format!("redis://{}", path.address()), Duration::from_secs(1));
+    let elsewhere = redis_ledger(format!("redis://127.0.0.1:{}", server.port), Duration::from_secs(5));
+    let replica = replica_on(ledger, options()).await;
+    let mut watcher = replica.client(1).await;
+    let joined = watcher.ask("join-event-room", &json!({ "eventId": 1 })).await;
+    assert_eq!(joined["success"], true, "{joined}");
+    let broken = [Path::Cut, Path::Frozen, Path::OnlyUp, Path::OnlyDown];
+    for (buyer, broken) in (100..).zip(broken) {
+        path.set(broken);
+        // Longer than any call to Redis may take, and than a subscription may be silent.
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        let wanted = LockRequest {
+            stock_age_max: Duration::from_hours(1),
+            ..crate::support::ledger::request(event(1), 2, buyer, 5)
+        };
+        let granted = elsewhere.lock(&wanted).await.expect("an answer");
+        assert!(matches!(granted, LockOutcome::Granted(_)), "{granted:?}");
+        path.set(Path::Open);
+        let healed = Instant::now();
+        let left = 50 - 5 * (buyer - 99);
+        while watcher.expect("availability-update").await["availableTickets"] != left {}
+        crate::support::say(&format!("{broken:?}: the room is right after {:.2} s", healed.elapsed().as_secs_f64()));
+        assert!(healed.elapsed() < Duration::from_secs(8), "{broken:?}: {:?}", healed.elapsed());
+    }
 }

@@ -5,16 +5,19 @@
 
 mod audit;
 mod book;
+mod churn;
 mod config;
 mod cost;
 mod deadline;
 mod fanout;
+mod fleet;
 mod gateway;
 mod histories;
 mod http;
 mod inventory;
 mod inventory_rmq;
 mod ledger;
+mod limits;
 mod lua;
 mod outage;
 mod rpc;

@@ -175,10 +175,7 @@ impl Replica {
 
     /// A raw client of a user, connected and greeted.
     pub async fn client(&self, user: u64) -> Raw {
-        let mut raw = self.raw("").await;
-        raw.connect(&json!({ "token": token(user) })).await;
-        raw.greeting = raw.expect("connected").await;
-        raw
+        Raw::greeted(self.address, user).await
     }
 
     /// A raw client that has an open transport and is not in the namespace.
@@ -191,16 +188,7 @@ impl Replica {
         query: &str,
         origin: Option<&str>,
     ) -> Result<Raw, tokio_tungstenite::tungstenite::Error> {
-        let url = format!("ws://{}/socket.io/?{query}&EIO=4&transport=websocket", self.address);
-        let mut request = url.into_client_request().expect("a request");
-        if let Some(origin) = origin {
-            request.headers_mut().insert("origin", origin.parse().expect("a header"));
-        }
-        let (socket, _) = timeout(PATIENCE, tokio_tungstenite::connect_async(request)).await.expect("in time")?;
-        let mut raw = Raw { socket, asked: 0, greeting: Value::Null };
-        let open = raw.text().await.expect("an open packet");
-        assert!(open.starts_with('0'), "{open}");
-        Ok(raw)
+        Raw::open(self.address, query, origin).await
     }
 
     /// A lock made behind the gateway's back.
@@ -235,6 +223,32 @@ pub struct Raw {
 }
 
 impl Raw {
+    /// An open transport to whoever listens there, not yet in the namespace.
+    pub async fn open(
+        address: SocketAddr,
+        query: &str,
+        origin: Option<&str>,
+    ) -> Result<Self, tokio_tungstenite::tungstenite::Error> {
+        let url = format!("ws://{address}/socket.io/?{query}&EIO=4&transport=websocket");
+        let mut request = url.into_client_request().expect("a request");
+        if let Some(origin) = origin {
+            request.headers_mut().insert("origin", origin.parse().expect("a header"));
+        }
+        let (socket, _) = timeout(PATIENCE, tokio_tungstenite::connect_async(request)).await.expect("in time")?;
+        let mut raw = Self { socket, asked: 0, greeting: Value::Null };
+        let open = raw.text().await.expect("an open packet");
+        assert!(open.starts_with('0'), "{open}");
+        Ok(raw)
+    }
+
+    /// Connected and greeted by whoever listens there.
+    pub async fn greeted(address: SocketAddr, user: u64) -> Self {
+        let mut raw = Self::open(address, "", None).await.expect("a WebSocket");
+        raw.connect(&json!({ "token": token(user) })).await;
+        raw.greeting = raw.expect("connected").await;
+        raw
+    }
+
     /// The next text, pings answered; `None` at the end of the connection.
     async fn text(&mut self) -> Option<String> {
         let end = Instant::now() + PATIENCE;

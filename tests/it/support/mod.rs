@@ -5,6 +5,7 @@ pub mod gateway;
 pub mod ledger;
 pub mod node;
 pub mod process;
+pub mod proxy;
 pub mod rabbit;
 pub mod redis;
 pub mod sentinel;

@@ -11,7 +11,7 @@ use super::free_port;
 pub struct Node {
     pub port: u16,
     /// Gone with the node.
-    _folder: TempDir,
+    folder: TempDir,
     args: Vec<String>,
     child: Option<Child>,
 }
@@ -26,7 +26,7 @@ impl Node {
         let ports = if is_tls(more) { format!("--port 0 --tls-port {port}") } else { format!("--port {port}") };
         args.extend(ports.split(' ').map(ToOwned::to_owned));
         args.extend(["--dir".to_owned(), folder.path().display().to_string()]);
-        let mut node = Self { port, _folder: folder, args, child: None };
+        let mut node = Self { port, folder, args, child: None };
         node.restart(&[]).await;
         node
     }
@@ -42,7 +42,7 @@ impl Node {
         std::fs::write(&file, text).expect("a temporary file");
         let mut args = vec![file.display().to_string(), "--sentinel".to_owned()];
         args.extend(more.iter().map(ToString::to_string));
-        let mut node = Self { port, _folder: folder, args, child: None };
+        let mut node = Self { port, folder, args, child: None };
         node.restart(&[]).await;
         node
     }
@@ -65,6 +65,22 @@ impl Node {
         if let Some(mut child) = self.child.take() {
             child.kill().expect("the server runs");
             child.wait().expect("the server is ours");
+        }
+    }
+
+    /// Stops the process without ending it (`STOP`), or lets it run again (`CONT`).
+    pub fn signal(&self, name: &str) {
+        let child = self.child.as_ref().expect("the server runs");
+        let done = Command::new("kill").arg(format!("-{name}")).arg(child.id().to_string()).status();
+        assert!(done.expect("kill exists").success());
+    }
+
+    /// Removes what a killed server would read when it starts again.
+    pub fn forget(&self) {
+        assert!(self.child.is_none(), "it runs");
+        for entry in std::fs::read_dir(self.folder.path()).expect("our folder") {
+            let path = entry.expect("an entry").path();
+            if path.is_dir() { std::fs::remove_dir_all(path) } else { std::fs::remove_file(path) }.expect("our file");
         }
     }
 
