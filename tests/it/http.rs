@@ -262,7 +262,9 @@ async fn the_demo_page_is_complete_and_loads_nothing_from_elsewhere() {
     let policy = response.headers()["content-security-policy"].to_str().expect("text").to_owned();
     assert!(policy.starts_with("default-src 'none'; script-src 'unsafe-inline';"), "{policy}");
     let page = response.text().await.expect("a page");
-    for part in ["<script src", "src=\"", "href=\"http", "href=\"//", "<link rel=\"stylesheet", "url(", "@import", "import("] {
+    for part in
+        ["<script src", "src=\"", "href=\"http", "href=\"//", "<link rel=\"stylesheet", "url(", "@import", "import("]
+    {
         assert!(!page.contains(part), "{part} in the page");
     }
     let library = include_str!("../../examples/vendor/socket.io.min.js");

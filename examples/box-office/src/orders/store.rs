@@ -1,5 +1,6 @@
 //! The orders' rows. Every change of a step is conditional on the step and the lease it was decided under.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
@@ -10,7 +11,6 @@ use tokio::sync::{Notify, broadcast};
 use uuid::Uuid;
 
 use crate::nest::{Broken, Fault, Refusal};
-use std::sync::Arc;
 
 /// How long a worker may be busy with one step. The longest step asks three neighbours for 3 s each; who takes longer is
 /// dead, and its order is free for others.
@@ -245,14 +245,15 @@ impl Store {
         Ok(next)
     }
 
-    /// Turns an order round, whoever has it in hand: that worker's next write finds the step changed.
-    pub async fn undo(&self, order_id: i64, why: &Refusal) -> sqlx::Result<()> {
+    /// Turns an order round. A worker does so under its lease; without one it is for the buyer, whoever has the order in
+    /// hand: that worker's next write finds the step changed.
+    pub async fn undo(&self, order_id: i64, lease: Option<Uuid>, why: &Refusal) -> sqlx::Result<()> {
         let turned = sqlx::query(
             "update orders.purchase set step = 'undoing', code = $2, message = $3, updated_at = now(), due_at = now(),
                  attempts = 0
-             where id = $1 and step not in ('undoing', 'cancelled')",
+             where id = $1 and step not in ('undoing', 'cancelled') and ($4::uuid is null or lease = $4)",
         );
-        turned.bind(order_id).bind(&why.code).bind(&why.message).execute(&self.pool).await?;
+        turned.bind(order_id).bind(&why.code).bind(&why.message).bind(lease).execute(&self.pool).await?;
         self.moved(order_id);
         Ok(())
     }

@@ -115,7 +115,7 @@ impl Worker {
     }
 
     async fn give_up(&self, order: &Order, why: &Refusal) -> sqlx::Result<()> {
-        self.store.undo(order.id, why).await?;
+        self.store.undo(order.id, order.lease, why).await?;
         self.store.rest(order, Duration::ZERO).await
     }
 
