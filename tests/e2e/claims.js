@@ -238,7 +238,11 @@ claim('file: the page works as a file against any server, and a refused connecti
   await bob.page.getByLabel('User id').fill('7');
   await bob.page.getByRole('button', { name: 'Sign in' }).click();
   await bob.pane(7).locator('.pill', { hasText: 'refused: unauthorized' }).waitFor();
+  await bob.hears(7, 'The service refused the sign-in.');
   await bob.shot('8-refused');
+  await bob.page.getByLabel('Token, if nobody hands any out').fill('');
+  await bob.pane(7).getByRole('button', { name: 'Sign in' }).click();
+  await bob.connected(7);
   quiet(ann, bob);
 });
 

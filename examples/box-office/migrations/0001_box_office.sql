@@ -69,8 +69,8 @@ create table orders.purchase (
 );
 create index on orders.purchase (user_id, id desc);
 create index on orders.purchase (due_at) where step not in ('completed', 'cancelled');
--- A lock is good for one order.
-create unique index purchase_lock on orders.purchase (lock_id) where step <> 'cancelled';
+-- A lock is good for one order of its owner; a stranger who names it stands in nobody's way.
+create unique index purchase_lock on orders.purchase (lock_id, user_id) where step <> 'cancelled';
 
 -- What the others have to be told, written in the same transaction as the step it tells of.
 create table orders.outbox (

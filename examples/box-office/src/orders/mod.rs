@@ -125,7 +125,7 @@ impl Orders {
             Step::Undoing | Step::Cancelled => Ok(order.json()),
             Step::Placed | Step::Held | Step::Paid | Step::Reserved | Step::Completed => {
                 let refusal = Refusal::new(409, "cancelled_by_buyer", "Cancelled by the buyer");
-                self.store.undo(order.id, None, &refusal).await.map_err(Broken)?;
+                self.store.cancel(order.id, &refusal).await.map_err(Broken)?;
                 Ok(self.own(asked.order_id, asked.user_id).await?.json())
             }
         }

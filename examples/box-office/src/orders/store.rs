@@ -245,16 +245,30 @@ impl Store {
         Ok(next)
     }
 
-    /// Turns an order round. A worker does so under its lease; without one it is for the buyer, whoever has the order in
-    /// hand: that worker's next write finds the step changed.
-    pub async fn undo(&self, order_id: i64, lease: Option<Uuid>, why: &Refusal) -> sqlx::Result<()> {
+    /// Turns an order round for the buyer, whoever has it in hand: that worker's next write finds the step changed.
+    pub async fn cancel(&self, order_id: i64, why: &Refusal) -> sqlx::Result<()> {
         let turned = sqlx::query(
             "update orders.purchase set step = 'undoing', code = $2, message = $3, updated_at = now(), due_at = now(),
                  attempts = 0
-             where id = $1 and step not in ('undoing', 'cancelled') and ($4::uuid is null or lease = $4)",
+             where id = $1 and step not in ('undoing', 'cancelled')",
         );
-        turned.bind(order_id).bind(&why.code).bind(&why.message).bind(lease).execute(&self.pool).await?;
+        turned.bind(order_id).bind(&why.code).bind(&why.message).execute(&self.pool).await?;
         self.moved(order_id);
+        Ok(())
+    }
+
+    /// Turns an order round that a worker has in hand. Its `lock_id` is what has to be released, if anything.
+    pub async fn give_up(&self, order: &Order, why: &Refusal) -> sqlx::Result<()> {
+        let turned = sqlx::query(
+            "update orders.purchase set step = 'undoing', code = $3, message = $4, lock_id = $5, updated_at = now(),
+                 due_at = now(), lease_until = '-infinity', attempts = 0
+             where id = $1 and lease = $2 and step not in ('undoing', 'cancelled')",
+        );
+        let turned = turned.bind(order.id).bind(order.lease).bind(&why.code).bind(&why.message).bind(&order.lock_id);
+        if turned.execute(&self.pool).await?.rows_affected() == 0 {
+            self.rest(order, Duration::ZERO).await?;
+        }
+        self.moved(order.id);
         Ok(())
     }
 

@@ -94,11 +94,12 @@ impl Worker {
                     Err(error) if is_taken(&error) => {
                         // The lock that was found belongs to another order and is not ours to release.
                         let why = Refusal::new(409, "order_exists", "There is an order for this lock already");
-                        self.give_up(&order, &why).await
+                        order.lock_id = None;
+                        self.store.give_up(&order, &why).await
                     }
                     Err(error) => Err(error),
                 },
-                Ok(Next::Undo(why)) => self.give_up(&order, &why).await,
+                Ok(Next::Undo(why)) => self.store.give_up(&order, &why).await,
                 Ok(Next::Wait(pause)) => self.store.rest(&order, pause).await,
                 Err(error) => {
                     // 0.2 s, doubling to 3 s: an outage is ridden out, and its end is noticed soon.
@@ -112,11 +113,6 @@ impl Worker {
             }
             return;
         }
-    }
-
-    async fn give_up(&self, order: &Order, why: &Refusal) -> sqlx::Result<()> {
-        self.store.undo(order.id, order.lease, why).await?;
-        self.store.rest(order, Duration::ZERO).await
     }
 
     /// Does one step. Everything asked here may be asked again.
@@ -150,7 +146,7 @@ impl Worker {
     }
 
     /// `with_lock`: the lock must be what the order says. Confirming it keeps the tickets while the buyer pays.
-    async fn confirm_lock(&self, order: &Order) -> Result<Next, StepError> {
+    async fn confirm_lock(&self, order: &mut Order) -> Result<Next, StepError> {
         let invalid = || Next::Undo(Refusal::new(409, "lock_not_found", "Invalid or expired lock"));
         let lock = self.realtime("get-lock", &json!({ "lockId": order.lock_id })).await?;
         let is_it = lock["userId"] == order.user_id
@@ -158,6 +154,8 @@ impl Worker {
             && lock["categoryId"] == order.category_id
             && lock["quantity"] == order.quantity;
         if !is_it {
+            // Whatever it is, it was not had for this order and is not released with it.
+            order.lock_id = None;
             return Ok(invalid());
         }
         let asked = json!({ "lockId": order.lock_id, "userId": order.user_id, "orderId": order.id });
