@@ -160,9 +160,9 @@ claim('side by side: several buyers in one page, and the event can be changed', 
   await ann.page.reload();
   await ann.connected(users[3]);
   await ann.card(users[3], 'Front row').getByRole('button', { name: 'Buy 2 tickets' }).waitFor();
-  await ann.page.getByLabel('Event').selectOption('2');
+  await ann.page.getByRole('combobox', { name: /^Event/ }).selectOption('2');
   for (const one of users) await ann.card(one, 'Balcony').waitFor();
-  await ann.page.getByLabel('Event').selectOption('1');
+  await ann.page.getByRole('combobox', { name: /^Event/ }).selectOption('1');
   const held = ann.card(users[3], 'Front row').getByRole('button', { name: 'Release' });
   await held.click();
   await ann.hears(users[3], 'Released');
