@@ -7,7 +7,7 @@ const { within } = require('./wait.js');
 
 class Peer {
   /**
-   * @param {'events-service'|'orders-service'} program
+   * @param {'events-service'|'orders-service'|'guide-orders-service'} program
    * @param {10|11} major which NestJS it runs on
    * @param {object} settings handed to the program
    */

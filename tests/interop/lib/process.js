@@ -44,8 +44,8 @@ class Process {
    * @param {string} name how the evidence calls it
    * @param {string} command
    * @param {string[]} args
-   * @param {{env?: object, ipc?: boolean, cwd?: string, adopt?: () => number|undefined}} options `adopt` gives the id
-   *   of the process that really has to be ended when `command` is only a script that starts it
+   * @param {{env?: object, ipc?: boolean, cwd?: string, uid?: number, gid?: number, adopt?: () => number|undefined}} options
+   *   `adopt` gives the id of the process that really has to be ended when `command` is only a script that starts it
    */
   constructor(name, command, args, options = {}) {
     this.name = name;
@@ -54,6 +54,8 @@ class Process {
     this.child = spawn(command, args, {
       cwd: options.cwd,
       env: options.env ?? process.env,
+      uid: options.uid,
+      gid: options.gid,
       stdio: ['ignore', 'pipe', 'pipe', ...(options.ipc ? ['ipc'] : [])],
     });
     this.pid = this.child.pid;

@@ -2,6 +2,7 @@
 // One scenario: a stage of real parts that is torn down whatever happens, and evidence when it fails.
 
 const test = require('node:test');
+const { BoxOffice } = require('./box-office.js');
 const { Client } = require('./client.js');
 const { Fleet } = require('./fleet.js');
 const { Peer } = require('./peer.js');
@@ -43,6 +44,14 @@ class Stage {
     return this.place.transport === 'tcp'
       ? `tcp://127.0.0.1:${this.place.port}`
       : `${this.place.url}/?queue=${this.place.queue}`;
+  }
+
+  /** The box office, whose events-service is this stage's. */
+  async boxOffice(env) {
+    const name = `${process.pid}_${++lastQueue}`;
+    this.office = await BoxOffice.start({ amqp: this.amqp, queue: this.queue, name, env });
+    this.place = { transport: 'tcp', port: this.office.eventsPort };
+    return this.office;
   }
 
   /** An orders-service on that Nest, talking to this stage's queue. */
@@ -102,6 +111,7 @@ class Stage {
     for (const client of this.clients.slice(0, 8)) section(client.name, client.evidence());
     for (const replica of this.seatlock?.replicas ?? []) section(replica.process.name, replica.process.log.slice(-60));
     for (const peer of this.peers) section(peer.name, peer.process.log.slice(-20));
+    if (this.office) section('box office', this.office.log);
     if (this.store) section('redis', this.store.process.log.slice(-10));
     return lines.join('\n');
   }
@@ -113,6 +123,7 @@ class Stage {
     this.store?.thaw();
     if (this.seatlock) await attempt(this.seatlock.stop());
     for (const peer of this.peers) await attempt(peer.stop());
+    if (this.office) await attempt(this.office.stop());
     for (const wire of this.wires) await attempt(wire.close());
     if (this.store) await attempt(this.store.remove());
     if (failure) throw failure;
