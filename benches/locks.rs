@@ -202,7 +202,7 @@ async fn grants(server: &Process, redis: &Process) -> anyhow::Result<f64> {
     Ok(cpu * 1e6 / held.granted as f64)
 }
 
-/// The same scripts from one connection, sixty-four of each at a time: what is left when there is no service.
+/// The same two scripts from one connection, sixty-four of each at a time: what is left when there is no service.
 struct Floor {
     stream: TcpStream,
     out: Vec<u8>,
@@ -215,7 +215,7 @@ impl Floor {
         let stream = TcpStream::connect(("127.0.0.1", redis.port)).await?;
         stream.set_nodelay(true)?;
         let mut floor = Self { stream, out: Vec::new(), asked: 0, input: Vec::new() };
-        for script in ["touch", "visit", "lock", "release"] {
+        for script in ["lock", "release"] {
             floor.command(&["SCRIPT", "LOAD", named(script)?.source]);
         }
         floor.exchange("").await?;
@@ -253,25 +253,20 @@ impl Floor {
     }
 
     async fn cycles(&mut self, redis: &Process, seconds: f64) -> anyhow::Result<(f64, f64)> {
-        let [touch, visit, lock, release] =
-            [named("touch")?, named("visit")?, named("lock")?, named("release")?].map(Script::sha);
+        let [lock, release] = [named("lock")?, named("release")?].map(Script::sha);
         let (began, cpu, mut done, mut places) = (Instant::now(), redis.cpu()?, 0_usize, Places(7));
         while began.elapsed().as_secs_f64() < seconds {
             let mut locks = Vec::new();
             for user in 1..=SOCKETS as u64 {
                 let (event, category) = event_and_category(places.next());
                 let id = LockId::generate(EventId::new(event)?).to_string();
-                let (event_text, user, category) = (event.to_string(), user.to_string(), category.to_string());
+                let (user, category) = (user.to_string(), category.to_string());
                 let keys = ["counts", "deadlines", "ended", "settling", "sold", "holders"]
                     .map(|name| format!("seatlock:{{e:{event}}}:{name}"));
                 let own = format!("seatlock:{{e:{event}}}:lock:{id}");
                 let rate = format!("seatlock:{{e:{event}}}:rate:{user}");
                 let channel = format!("seatlock:{{e:{event}}}:changes");
-                let of_user = format!("seatlock:{{u:{user}}}");
                 let keys = keys.each_ref().map(String::as_str);
-                let due = ["seatlock:{fleet}:due", "seatlock:{fleet}:events"];
-                self.command(&["EVALSHA", touch, "2", due[0], due[1], &event_text, "240000"]);
-                self.command(&["EVALSHA", visit, "1", &of_user, &event_text]);
                 let session = "00000000000000000000000000000000";
                 let mut parts = vec!["EVALSHA", lock, "9"];
                 parts.extend(keys);
@@ -331,6 +326,19 @@ fn report(name: &str, measured: &mut Measured) {
     ));
 }
 
+/// The Node peer as ioredis is by default, or with its option to send the commands of a turn of its loop together.
+async fn peer(redis: &Process, batches: &str, seconds: f64, rounds: usize) -> anyhow::Result<Measured> {
+    let env = [
+        ("REDIS_PORT", redis.port.to_string()),
+        ("PER_EVENT_MAX", PER_EVENT_MAX.to_owned()),
+        ("INTERVAL_US", "100000".to_owned()),
+        ("BURST", "20".to_owned()),
+        ("AUTO_PIPELINING", batches.to_owned()),
+    ];
+    let node = Process::node("locks.js", &env)?;
+    LocalSet::new().run_until(cycles(&node, redis, seconds, rounds)).await.context("the Node peer")
+}
+
 /// Measures and reports.
 pub async fn run(wanted: &Wanted, folder: &Path) -> anyhow::Result<()> {
     let (seconds, rounds) = if wanted.quick { (0.4, 1) } else { (4.0, 5) };
@@ -355,19 +363,16 @@ pub async fn run(wanted: &Wanted, folder: &Path) -> anyhow::Result<()> {
     report("seatlock", &mut ours);
     say(&format!("  floor    {floor_rate:>6.0} cycles/s of the scripts alone, {floor_us:.0} us of Redis per cycle"));
     if !wanted.alone {
-        let env = [
-            ("REDIS_PORT", redis.port.to_string()),
-            ("PER_EVENT_MAX", PER_EVENT_MAX.to_owned()),
-            ("INTERVAL_US", "100000".to_owned()),
-            ("BURST", "20".to_owned()),
-        ];
-        let node = Process::node("locks.js", &env)?;
-        let work = cycles(&node, &redis, seconds, rounds);
-        let mut theirs = LocalSet::new().run_until(work).await.context("the Node peer")?;
+        let mut theirs = peer(&redis, "no", seconds, rounds).await?;
         report("node", &mut theirs);
+        let mut batched = peer(&redis, "yes", seconds, rounds).await?;
+        report("batched", &mut batched);
         let cost = ours.service_us / theirs.service_us;
         let pace = theirs.cycles_per_second / ours.cycles_per_second;
         say(&format!("  ratio    {cost:.2} x its processor per cycle, {:.2} x its cycles/s", 1.0 / pace));
+        let (batched_cost, batched_pace) =
+            (ours.service_us / batched.service_us, ours.cycles_per_second / batched.cycles_per_second);
+        say(&format!("           {batched_cost:.2} x and {batched_pace:.2} x of Node with commands sent in batches"));
         say(&format!(
             "  bars     0.35 x per cycle, aim 0.2: {}; 2 x its cycles/s: {}",
             verdict(cost, 0.35),

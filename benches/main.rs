@@ -17,10 +17,10 @@ use support::Wanted;
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> anyhow::Result<()> {
     let (wanted, folder) = (Wanted::read()?, tempfile::tempdir()?);
-    if wanted.locks {
+    if wanted.wants("locks") {
         locks::run(&wanted, folder.path()).await?;
     }
-    if wanted.fanout {
+    if wanted.wants("fanout") {
         fanout::run(&wanted, folder.path()).await?;
     }
     Ok(())

@@ -22,8 +22,9 @@ exports.serve = (onConnection) => {
     perMessageDeflate: false,
     httpCompression: false,
     serveClient: false,
-    pingInterval: 10_000,
-    pingTimeout: 8_000,
+    pingInterval: 25_000,
+    // A loop that is busy with a room for half a minute must not lose the room.
+    pingTimeout: 120_000,
   });
   // The request is not needed after the handshake and holds its headers and its socket's parser.
   io.engine.on('connection', (raw) => { raw.request = null; });

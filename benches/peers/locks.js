@@ -10,7 +10,9 @@ const { serve } = require('./common');
 
 const LUA = path.join(__dirname, '..', '..', 'lua');
 const text = (name) => fs.readFileSync(path.join(LUA, `${name}.lua`), 'utf8');
-const redis = new Redis(Number(process.env.REDIS_PORT), '127.0.0.1', { enableAutoPipelining: true });
+const redis = new Redis(Number(process.env.REDIS_PORT), '127.0.0.1', {
+  enableAutoPipelining: process.env.AUTO_PIPELINING === 'yes',
+});
 redis.defineCommand('touch_', { numberOfKeys: 2, lua: text('touch') });
 redis.defineCommand('visit_', { numberOfKeys: 1, lua: text('visit') });
 redis.defineCommand('lock_', { numberOfKeys: 9, lua: `${text('_prelude')}\n${text('lock')}` });
@@ -36,12 +38,24 @@ function eventOf(lock) {
   return Number(((bits >> 80n) << 5n) | ((bits >> 71n) & 0x1fn));
 }
 
+// What was written into an index within ten seconds is not written again, as the service does it.
+const RECENT_MS = 10_000;
+const recent = new Map();
+
+function unlessRecent(key, write) {
+  const now = Date.now();
+  if (now - (recent.get(key) ?? 0) < RECENT_MS) return undefined;
+  recent.set(key, now);
+  return write();
+}
+
 async function lock(user, session, { eventId, categoryId, quantity }) {
   const id = lockId(eventId);
   const key = `seatlock:{e:${eventId}}:lock:${id}`;
   const [, , said] = await Promise.all([
-    redis.touch_('seatlock:{fleet}:due', 'seatlock:{fleet}:events', eventId, TTL_MS - 60_000),
-    redis.visit_(`seatlock:{u:${user}}`, eventId),
+    unlessRecent(eventId, () =>
+      redis.touch_('seatlock:{fleet}:due', 'seatlock:{fleet}:events', eventId, TTL_MS - 60_000)),
+    unlessRecent(`${user} ${eventId}`, () => redis.visit_(`seatlock:{u:${user}}`, eventId)),
     redis.lock_(...keysOf(eventId), key, key, `seatlock:{e:${eventId}}:rate:${user}`,
       `seatlock:{e:${eventId}}:changes`, id, user, categoryId, quantity, TTL_MS, DAY_MS, process.env.PER_EVENT_MAX,
       process.env.INTERVAL_US, process.env.BURST, session, 1, ''),

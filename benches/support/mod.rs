@@ -17,10 +17,8 @@ pub fn say(line: &str) {
 pub struct Wanted {
     /// A few seconds that show that everything still works; the numbers mean nothing.
     pub quick: bool,
-    /// Which benches.
-    pub fanout: bool,
-    /// Which benches.
-    pub locks: bool,
+    /// Which benches; all of them when it is empty.
+    names: Vec<String>,
     /// Leave the Node peer out.
     pub alone: bool,
     /// Another binary of the service than the one that was built with the bench.
@@ -31,29 +29,25 @@ impl Wanted {
     /// # Errors
     /// When an argument is not known.
     pub fn read() -> anyhow::Result<Self> {
-        let mut wanted = Self {
-            quick: false,
-            fanout: false,
-            locks: false,
-            alone: false,
-            service: env!("CARGO_BIN_EXE_seatlock").to_owned(),
-        };
+        let mut wanted =
+            Self { quick: false, names: Vec::new(), alone: false, service: env!("CARGO_BIN_EXE_seatlock").to_owned() };
         let mut args = std::env::args().skip(1);
         while let Some(arg) = args.next() {
             match arg.as_str() {
                 "--bench" => {}
                 "--quick" => wanted.quick = true,
-                "fanout" => wanted.fanout = true,
-                "locks" => wanted.locks = true,
+                "fanout" | "locks" => wanted.names.push(arg),
                 "--alone" => wanted.alone = true,
                 "--service" => wanted.service = args.next().ok_or_else(|| anyhow::anyhow!("--service PATH"))?,
                 other => anyhow::bail!("{other} is not known; fanout, locks, --quick, --alone, --service PATH are"),
             }
         }
-        if !wanted.fanout && !wanted.locks {
-            (wanted.fanout, wanted.locks) = (true, true);
-        }
         Ok(wanted)
+    }
+
+    /// Whether a bench is to run.
+    pub fn wants(&self, name: &str) -> bool {
+        self.names.is_empty() || self.names.iter().any(|given| given == name)
     }
 }
 

@@ -69,6 +69,7 @@ impl Process {
             .env("SEATLOCK_EVENTS_URL", format!("file:{}", catalogue.display()))
             .env("SEATLOCK_JWT_SECRET", SECRET)
             .env("SEATLOCK_LOG", "warn")
+            .env("SEATLOCK_CORS_ORIGINS", "https://shop.example")
             .envs(more.iter().copied());
         Self::start(command, port)
     }
