@@ -405,7 +405,7 @@ async fn a_joiner_gets_the_room_and_then_its_news() {
 async fn news_take_the_bypass_to_every_websocket() {
     let handle = seatlock::metrics::install().expect("nobody else counts in this process");
     let told = |path: &str| {
-        let name = format!("seatlock_gateway_news_total{{path=\"{path}\"}} ");
+        let name = format!("seatlock_gateway_news_total{{kind=\"{path}\"}} ");
         handle.render().lines().find_map(|line| line.strip_prefix(&name)?.parse::<u64>().ok()).unwrap_or(0)
     };
     let replica = replica(options()).await;
