@@ -133,6 +133,8 @@ metrics! {
     counter GATEWAY_FULL = "seatlock_gateway_send_waits_total";
     /// Messages that a socket did not get because its send buffer was full, by kind.
     counter GATEWAY_DROPPED = "seatlock_gateway_messages_dropped_total" { kind };
+    /// Sockets that were told news of a room, by whether these were written at once (`bypass`) or queued (`queue`).
+    counter GATEWAY_NEWS = "seatlock_gateway_news_total" { kind };
     /// Rounds in which sockets that had missed updates were told the latest ones.
     counter GATEWAY_MENDED = "seatlock_gateway_mendings_total";
     /// Sessions that ended, by whether the ledger was told (`left`, `retried`, `given_up`).

@@ -30,20 +30,34 @@ use crate::inventory::Stock;
 use crate::ledger::{Ledger, LedgerError, Topic};
 use crate::metrics;
 
-/// Who watches and listens on this replica. Called by one task; a call that takes long makes the tick longer. A call
-/// must not wait and must not call the fan-out.
+/// Who watches and listens on this replica. Called by one task. A call must not wait and must not call the fan-out.
 pub trait Audience: Send + Sync + 'static {
-    /// News for everyone in the event's room: each category at most once, by ascending id.
-    fn updates(&self, event: EventId, changed: &[Availability]);
-
-    /// What others did in the event since the last call, for everyone in its room but those who did it.
-    fn others(&self, event: EventId, summaries: &[Summary]);
+    /// Those who are in the event's room at this moment, to be told the news, however long that takes; nobody who joins
+    /// later. None when nobody is there.
+    fn gather(&self, news: News) -> Option<Box<dyn Telling>>;
 
     /// A message for every local socket of the user, in the order in which they were sent.
     fn personal(&self, user: UserId, message: &Personal);
 
     /// Messages for users may have been missed; rooms are read again without the audience's help. Nothing by itself.
     fn missed(&self) {}
+}
+
+/// A room that is being told its news.
+pub trait Telling: Send {
+    /// Tells some of it, for about a millisecond; false when all are told.
+    fn go_on(&mut self) -> bool;
+}
+
+/// What a room is told at once.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct News {
+    /// Whose room.
+    pub event: EventId,
+    /// For everyone: each category at most once, by ascending id.
+    pub changed: Vec<Availability>,
+    /// What others did in the event since the last time, for everyone but those who did it.
+    pub summaries: Vec<Summary>,
 }
 
 /// Lock changes of one kind in one category, summed over a tick.
@@ -112,7 +126,8 @@ struct Shared {
 
 /// What is known of a watched event.
 struct Room {
-    /// Held while the room is told, so that nobody joins between an older update and its end.
+    /// Held while the room's news and those who are to be told them are taken, so that whoever is told an update has
+    /// joined with nothing newer.
     board: Mutex<Board>,
     _kept_fresh: KeptFresh,
 }

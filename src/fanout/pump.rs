@@ -9,7 +9,7 @@ use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use super::tick::Pulse;
-use super::{Audience, Shared, lock};
+use super::{Audience, News, Shared, Telling, lock};
 use crate::domain::EventId;
 use crate::ledger::{FeedItem, Notice};
 use crate::metrics;
@@ -118,15 +118,22 @@ impl Pump {
         }
     }
 
-    /// Tells every room that is due. Between two rooms others have their turn, personal messages first.
+    /// Tells every room that is due. Between two portions of a room others have their turn, personal messages first.
     async fn round(&mut self) {
         let now = Instant::now();
         let strained = self.pulse.strained();
         let mut took = Duration::ZERO;
         let mut rooms = 0_u64;
         while let Some(event) = self.pulse.take(now) {
-            let begun = std::time::Instant::now();
-            self.tell(event, now, strained);
+            let mut begun = std::time::Instant::now();
+            if let Some(mut telling) = self.gather(event, now, strained) {
+                while telling.go_on() {
+                    took += begun.elapsed();
+                    self.drain();
+                    yield_now().await;
+                    begun = std::time::Instant::now();
+                }
+            }
             took += begun.elapsed();
             rooms += 1;
             self.drain();
@@ -138,20 +145,18 @@ impl Pump {
         }
     }
 
-    fn tell(&self, event: EventId, now: Instant, strained: bool) {
-        let Some(slot) = self.shared.events.find(event) else { return };
-        // Held until the room is told: see `Room::board`.
+    fn gather(&self, event: EventId, now: Instant, strained: bool) -> Option<Box<dyn Telling>> {
+        let slot = self.shared.events.find(event)?;
+        // Held until it is known who is told: see `Room::board`.
         let mut board = lock(&slot.value.board);
         let emission = board.emit(now, strained);
         if emission.shed > 0 {
             metrics::FANOUT_SHED.add(&[], emission.shed);
         }
-        if !emission.changed.is_empty() {
-            metrics::FANOUT_UPDATES.add(&[], emission.changed.len() as u64);
-            self.audience.updates(event, &emission.changed);
+        if emission.changed.is_empty() && emission.summaries.is_empty() {
+            return None;
         }
-        if !emission.summaries.is_empty() {
-            self.audience.others(event, &emission.summaries);
-        }
+        metrics::FANOUT_UPDATES.add(&[], emission.changed.len() as u64);
+        self.audience.gather(News { event, changed: emission.changed, summaries: emission.summaries })
     }
 }

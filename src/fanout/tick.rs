@@ -19,8 +19,11 @@ const SEEN_MAX: usize = 64;
 const AMOUNTS_MAX: usize = 20_000;
 /// The longest that a room waits for news because telling the rooms takes long.
 const PAUSE_MAX: Duration = Duration::from_secs(1);
-/// Of the time, at most a fifth is spent on telling rooms: after a round as long as `d`, `4 d` are for other work.
-const PAUSE_FACTOR: u32 = 4;
+/// After a round as long as `d` there is none for `d / 2`: of one processor's time at most two thirds are spent on telling
+/// rooms. Requests have their turn within a round too, after each portion; this is so that what they cause is taken in.
+const PAUSE_DIVISOR: u32 = 2;
+/// A round as long as this, five ticks by default, is more than the rooms can be told in full.
+const STRAIN: Duration = Duration::from_millis(250);
 
 /// The latest value of every category of an event and what of it the room has not been told.
 #[derive(Debug)]
@@ -211,12 +214,11 @@ impl Pulse {
 
     /// A round is over that took so long altogether.
     pub(super) fn rest(&mut self, now: Instant, took: Duration) {
-        let pause = took.saturating_mul(PAUSE_FACTOR);
-        self.strained = pause >= PAUSE_MAX;
-        self.pause_until = Some(now + pause.min(PAUSE_MAX));
+        self.strained = took >= STRAIN;
+        self.pause_until = Some(now + (took / PAUSE_DIVISOR).min(PAUSE_MAX));
     }
 
-    /// Whether rounds take so long that the pause after them is at its limit.
+    /// Whether rounds take so long that something has to be left out.
     pub(super) const fn strained(&self) -> bool {
         self.strained
     }
@@ -382,21 +384,25 @@ mod tests {
     }
 
     #[test]
-    fn after_a_long_round_no_room_is_told_for_four_times_as_long_up_to_a_second() {
+    fn after_a_long_round_no_room_is_told_for_half_as_long_up_to_a_second() {
         let start = Instant::now();
         let ms = Duration::from_millis;
         let mut pulse = Pulse::default();
         pulse.plan(event(1), start);
         pulse.plan(event(2), start + ms(10));
         assert_eq!((pulse.take(start), pulse.take(start)), (Some(event(1)), None));
-        pulse.rest(start + ms(20), ms(20));
+        pulse.rest(start + ms(80), ms(80));
         assert!(!pulse.strained());
-        assert_eq!(pulse.next(), Some(start + ms(100)));
-        assert_eq!(pulse.take(start + ms(99)), None);
-        assert_eq!(pulse.take(start + ms(100)), Some(event(2)));
-        pulse.rest(start + ms(100), ms(700));
+        assert_eq!(pulse.next(), Some(start + ms(120)));
+        assert_eq!(pulse.take(start + ms(119)), None);
+        assert_eq!(pulse.take(start + ms(120)), Some(event(2)));
+        pulse.rest(start + ms(400), ms(280));
+        assert!(pulse.strained());
+        pulse.rest(start + ms(5000), ms(4600));
         pulse.plan(event(1), start);
         assert!(pulse.strained());
-        assert_eq!(pulse.next(), Some(start + ms(1100)));
+        assert_eq!(pulse.next(), Some(start + ms(6000)));
+        pulse.rest(start + ms(7000), ms(1));
+        assert!(!pulse.strained());
     }
 }

@@ -7,11 +7,12 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use futures_util::FutureExt as _;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, sleep_until, timeout, timeout_at};
 
 use super::auth::Claims;
+use super::queue;
 use super::session::{Answer, Ending, Incoming, Sent, Session};
 use super::wire::{self, About, Code, Json, Name, Refusal};
 use super::{Doubts, Shared, now};
@@ -107,8 +108,8 @@ enum Token {
 pub(super) struct Actor {
     pub shared: Arc<Shared>,
     pub session: Arc<Session>,
-    inbox: mpsc::Receiver<Incoming>,
-    post: mpsc::Receiver<(&'static str, Json)>,
+    inbox: queue::Receiver<Incoming>,
+    post: queue::Receiver<(&'static str, Json)>,
     standing: Standing,
     listening: Option<Listening>,
     /// The client has been told that it is connected.
@@ -143,8 +144,8 @@ impl Actor {
         shared: Arc<Shared>,
         session: Arc<Session>,
         claims: Claims,
-        inbox: mpsc::Receiver<Incoming>,
-        post: mpsc::Receiver<(&'static str, Json)>,
+        inbox: queue::Receiver<Incoming>,
+        post: queue::Receiver<(&'static str, Json)>,
     ) -> Self {
         let doubts = shared.doubts.subscribe();
         let rested = *doubts.borrow();
@@ -172,7 +173,7 @@ impl Actor {
         if AssertUnwindSafe(self.work()).catch_unwind().await.is_err() {
             self.shared.end(&self.session, Ending::Fault);
         }
-        self.finish().await;
+        Box::pin(self.finish()).await;
     }
 
     async fn work(&mut self) {
@@ -351,6 +352,7 @@ impl Actor {
         self.patiently(|session| session.emit("connected", &data)).await;
     }
 
+    /// What a message needs while it is worked on is boxed, here and below: an idle socket is not to have room for it.
     async fn handle(&mut self, message: Incoming) {
         if self.inbox.is_empty() {
             self.session.forgive();
@@ -360,7 +362,7 @@ impl Actor {
             None => (None, Answer::unknown("")),
             Some((text, data)) => match Name::parse(&text) {
                 None => (None, Answer::unknown(&text)),
-                Some(name) => (Some(name), self.respond(name, data.as_deref()).await),
+                Some(name) => (Some(name), Box::pin(self.respond(name, data.as_deref())).await),
             },
         };
         let label = name.map_or("unknown", Name::as_str);
@@ -368,7 +370,7 @@ impl Actor {
         answer.count(name);
         metrics::GATEWAY_ANSWER_SECONDS.observe(&[label], message.at.elapsed());
         self.patiently(|session| session.answer(&answer, message.ack)).await;
-        self.after().await;
+        Box::pin(self.after()).await;
     }
 
     /// Sends something that must not be lost: waits while the send buffer is full, and closes the connection of a

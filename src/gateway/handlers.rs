@@ -8,9 +8,10 @@ use serde_json::value::RawValue;
 use tokio::time::{Instant, timeout_at};
 
 use super::actor::{Actor, Watching};
+use super::bypass::Packet;
 use super::limits::ROOMS_MAX;
 use super::now;
-use super::rooms::room_of;
+use super::rooms::update;
 use super::session::Answer;
 use super::wire::{self, About, Code, Json, Name, Refusal, Request};
 use crate::domain::{
@@ -19,6 +20,9 @@ use crate::domain::{
 };
 use crate::inventory::StockError;
 use crate::ledger::LedgerError;
+
+/// Updates that a joiner is told in one go: a few kilobytes.
+const UPDATES_AT_ONCE: usize = 32;
 
 type Granted = Result<Json, Refusal>;
 
@@ -117,11 +121,12 @@ impl Actor {
     /// What follows an answer: a joiner gets the counts one by one and is in the room from then on.
     pub(super) async fn after(&mut self) {
         let Some((event, availability)) = self.joined.take() else { return };
-        for counts in &availability {
-            let data = wire::availability(counts);
-            self.patiently(|session| session.emit("availability-update", &data)).await;
+        let lines = &self.shared.lines;
+        let packets: Vec<_> = availability.iter().map(update).collect();
+        for portion in packets.chunks(UPDATES_AT_ONCE) {
+            let frames = Packet::frames(portion);
+            self.patiently(|session| session.tell(lines, &frames, portion, &[]).into()).await;
         }
-        self.session.join(room_of(event));
         self.shared.rooms.join(event, &self.session);
         // Once more: what happened between the reading and the room is the joiner's too.
         if let Some(fanout) = self.shared.fanout.get() {
@@ -161,7 +166,6 @@ impl Actor {
     }
 
     fn leave(&mut self, event: EventId) -> Json {
-        self.session.part(room_of(event));
         self.shared.rooms.part(event, &self.session);
         self.watched.remove(&event);
         wire::left(event)

@@ -13,8 +13,10 @@ use std::sync::{Arc, Mutex, Weak};
 use std::task::{Context, Poll};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::TcpStream;
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
+use super::bypass::{Bypass, Tap};
 use super::lock;
 
 /// The handle of one accepted connection.
@@ -24,6 +26,7 @@ pub struct Line {
     cut: CancellationToken,
     /// Alive as long as the stream is.
     stream: Weak<()>,
+    bypass: Option<Bypass>,
 }
 
 impl Line {
@@ -31,7 +34,8 @@ impl Line {
     pub fn wrap<S>(stream: S) -> (LineStream<S>, Self) {
         let (closing, cut) = (CancellationToken::new(), CancellationToken::new());
         let alive = Arc::new(());
-        let line = Self { closing: closing.clone(), cut: cut.clone(), stream: Arc::downgrade(&alive) };
+        let stream_lives = Arc::downgrade(&alive);
+        let line = Self { closing: closing.clone(), cut: cut.clone(), stream: stream_lives, bypass: None };
         let stream = LineStream {
             inner: stream,
             read_ends: Box::pin(closing.cancelled_owned()),
@@ -39,6 +43,18 @@ impl Line {
             _alive: alive,
         };
         (stream, line)
+    }
+
+    /// The same over TCP, with a [bypass](Bypass) for the news of rooms.
+    pub fn over(stream: TcpStream) -> (LineStream<Tap>, Self) {
+        let (tap, bypass) = Tap::new(stream);
+        let (stream, line) = Self::wrap(tap);
+        (stream, Self { bypass: Some(bypass), ..line })
+    }
+
+    /// The way past the queue of the connection's socket, if it has one.
+    pub(super) const fn bypass(&self) -> Option<&Bypass> {
+        self.bypass.as_ref()
     }
 
     /// Ends reading: to the HTTP server or the WebSocket above it, the client is gone. What is waiting to be written

@@ -10,11 +10,14 @@
 
 mod actor;
 pub mod auth;
+mod bypass;
+mod compact;
 mod handlers;
 mod handshake;
 mod keep;
 mod limits;
 mod line;
+mod queue;
 mod rooms;
 mod session;
 mod wire;
@@ -39,6 +42,8 @@ use tokio_util::task::TaskTracker;
 use tower::Service as _;
 
 use self::auth::TokenVerifier;
+pub use self::bypass::Tap;
+use self::compact::compact;
 pub use self::handshake::Origins;
 use self::handshake::Refused;
 use self::keep::Keep;
@@ -264,7 +269,7 @@ impl Gateway {
             .ping_timeout(limits::PING_TIMEOUT)
             .connect_timeout(limits::HANDSHAKE_TIMEOUT)
             .max_buffer_size(limits::OUTBOX_LEN_MAX)
-            .ws_read_buffer_size(1024)
+            .ws_read_buffer_size(limits::READ_BUFFER_BYTES)
             .ws_max_message_size(limits::MESSAGE_BYTES_MAX)
             .ws_max_frame_size(limits::MESSAGE_BYTES_MAX)
             .max_payload(limits::MESSAGE_BYTES_MAX as u64)
@@ -316,7 +321,7 @@ impl Gateway {
     pub fn routes(&self) -> Router {
         let serve = {
             let shared = Arc::clone(&self.shared);
-            move |request: Request<Body>| (shared.transport)(request)
+            move |request: Request<Body>| (shared.transport)(compact(request))
         };
         Router::new()
             .route("/socket.io/", axum::routing::any(serve))

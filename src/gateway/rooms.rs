@@ -1,29 +1,28 @@
 //! Who is here: the local sockets by user and by room, and how the fan-out reaches them.
 //!
-//! The registry's lock is held for looking up only, never while something is sent.
+//! The registry's lock is held for looking up only, never while something is sent. News are encoded once for a room and
+//! told to its sockets in portions; a socket that does not take them gets the latest instead, later.
 
-use std::collections::{BTreeMap, HashMap};
-use std::fmt::Write as _;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
-use futures_util::FutureExt as _;
-use socketioxide::operators::BroadcastOperators;
-use socketioxide::{BroadcastError, SocketError};
+use bytes::Bytes;
 use tokio::time::Instant;
 
-use super::session::{Ending, Sent, Session};
-use super::wire::{self, Json};
+use super::bypass::Packet;
+use super::session::{Ending, Session, Told};
+use super::wire;
 use super::{NAMESPACE, Shared, lock};
 use crate::domain::{Availability, CategoryId, ChangeKind, EventId, Personal, SessionId, UserId};
-use crate::fanout::{Audience, Summary};
+use crate::fanout::{Audience, News, Telling};
 use crate::metrics;
 
-const UPDATE: &str = "availability-update";
+/// How often sockets that do not read as fast as they are told are tried again, with the latest counts.
+const MEND_EVERY: Duration = Duration::from_millis(250);
 
-/// After an update that did not fit into some socket's send buffer: time for the buffer to drain.
-const MEND_AFTER: Duration = Duration::from_secs(1);
+/// Sockets told before others have their turn: below a millisecond.
+const PORTION_LEN: usize = 128;
 
 /// The local sockets.
 #[derive(Debug, Default)]
@@ -41,6 +40,8 @@ struct State {
 #[derive(Debug)]
 struct Members {
     sessions: HashMap<SessionId, Arc<Session>>,
+    /// The same as a list, made when the room is told and somebody came or went.
+    list: Option<Arc<[Arc<Session>]>>,
     room: Arc<Room>,
 }
 
@@ -48,26 +49,24 @@ struct Members {
 #[derive(Debug)]
 pub struct Room {
     event: EventId,
-    /// What the room was told last. Held while the room is told, so that the room and its mending speak in turn; those
-    /// who join or leave do not need it.
-    told: Mutex<BTreeMap<CategoryId, Availability>>,
-    /// A mending will look at every socket of the room; one is enough.
-    mending: AtomicBool,
-    /// Sockets that are known to be behind: their full buffers are no news.
-    behind: AtomicUsize,
+    /// What the room was told last. Held while some of it are told, so that the fan-out and the mending speak in turn;
+    /// those who join or leave do not need it.
+    told: Mutex<BTreeMap<CategoryId, Packet>>,
+    behind: Mutex<Behind>,
 }
 
-/// The name of an event's room.
-pub fn room_of(event: EventId) -> String {
-    format!("e:{event}")
+/// Sockets that did not take what they were told: what they missed is superseded, and the latest is tried again.
+#[derive(Debug, Default)]
+struct Behind {
+    /// With when that began. A socket that does not catch up within `slow_client` is closed.
+    sessions: HashMap<SessionId, (Arc<Session>, Instant)>,
+    /// A task looks after them.
+    mending: bool,
 }
 
-/// The name of the room that all sockets of a user are in.
-pub fn room_of_user(user: UserId) -> String {
-    let mut name = String::with_capacity(18);
-    // Writing to a text cannot fail.
-    write!(name, "u:{user}").ok();
-    name
+/// An update as every socket of a room gets it.
+pub fn update(counts: &Availability) -> Packet {
+    Packet::new(NAMESPACE, "availability-update", wire::availability(counts))
 }
 
 impl Rooms {
@@ -107,14 +106,11 @@ impl Rooms {
         }
         let members = state.rooms.entry(event).or_insert_with(|| Members {
             sessions: HashMap::new(),
-            room: Arc::new(Room {
-                event,
-                told: Mutex::default(),
-                mending: AtomicBool::new(false),
-                behind: AtomicUsize::new(0),
-            }),
+            list: None,
+            room: Arc::new(Room { event, told: Mutex::default(), behind: Mutex::default() }),
         });
         members.sessions.insert(session.id, Arc::clone(session));
+        members.list = None;
     }
 
     /// A socket no longer watches an event.
@@ -134,31 +130,12 @@ impl Rooms {
         lock(&self.state).users.get(&user).map(|sessions| sessions.values().cloned().collect()).unwrap_or_default()
     }
 
-    fn room(&self, event: EventId) -> Option<Arc<Room>> {
-        lock(&self.state).rooms.get(&event).map(|members| Arc::clone(&members.room))
-    }
-
-    fn in_room(&self, event: EventId) -> Vec<Arc<Session>> {
-        lock(&self.state)
-            .rooms
-            .get(&event)
-            .map(|members| members.sessions.values().cloned().collect())
-            .unwrap_or_default()
-    }
-
-    /// Those of `users` that have sockets in the room, with these sockets.
-    fn present(&self, event: EventId, users: &[(UserId, u64)]) -> Vec<(UserId, Vec<Arc<Session>>)> {
-        let state = lock(&self.state);
-        let Some(members) = state.rooms.get(&event) else { return Vec::new() };
-        users
-            .iter()
-            .filter_map(|(user, _)| {
-                let sessions = state.users.get(user)?;
-                let here: Vec<_> =
-                    sessions.values().filter(|session| members.sessions.contains_key(&session.id)).cloned().collect();
-                (!here.is_empty()).then_some((*user, here))
-            })
-            .collect()
+    /// The room and everybody in it.
+    fn gather(&self, event: EventId) -> Option<(Arc<Room>, Arc<[Arc<Session>]>)> {
+        let mut state = lock(&self.state);
+        let members = state.rooms.get_mut(&event)?;
+        let list = members.list.get_or_insert_with(|| members.sessions.values().cloned().collect());
+        Some((Arc::clone(&members.room), Arc::clone(list)))
     }
 }
 
@@ -166,6 +143,7 @@ impl State {
     fn leave_room(&mut self, event: EventId, session: SessionId) {
         if let Some(members) = self.rooms.get_mut(&event) {
             members.sessions.remove(&session);
+            members.list = None;
             if members.sessions.is_empty() {
                 self.rooms.remove(&event);
             }
@@ -174,104 +152,35 @@ impl State {
 }
 
 impl Shared {
-    fn room_operators(&self, event: EventId) -> Option<BroadcastOperators> {
-        self.io.of(NAMESPACE).map(|namespace| namespace.to(room_of(event)))
-    }
-
-    /// Encodes once and hands to every socket's send buffer; the local adapter never waits. Answers how many buffers
-    /// were full.
-    fn broadcast(to: BroadcastOperators, name: &'static str, data: &Json, what: &'static str) -> usize {
-        let Some(Err(error)) = to.emit(name, data).now_or_never() else { return 0 };
-        match error {
-            BroadcastError::Socket(errors) => {
-                let full = errors.iter().filter(|error| matches!(error, SocketError::InternalChannelFull)).count();
-                if full > 0 {
-                    metrics::GATEWAY_DROPPED.add(&[what], full as u64);
-                }
-                full
-            }
-            BroadcastError::Adapter(_) | BroadcastError::Serialize(_) => {
-                tracing::error!(%error, name, "a message for a room could not be sent");
-                0
-            }
-        }
-    }
-
-    /// Tells the sockets again, one by one, that did not get everything: the ones whose buffers stay full are found
-    /// and, after `slow_client`, closed.
+    /// Tells the sockets again that did not take everything, the latest of each category; the ones that do not catch up
+    /// are closed after `slow_client`.
     async fn mend(shared: Weak<Self>, room: Arc<Room>) {
-        let mut behind: Option<Vec<(Arc<Session>, Instant)>> = None;
-        let mut known = 0;
         loop {
-            tokio::time::sleep(MEND_AFTER).await;
+            tokio::time::sleep(MEND_EVERY).await;
             let Some(shared) = shared.upgrade() else { return };
-            let now = Instant::now();
-            let tell = behind.take().unwrap_or_else(|| {
-                // From now on a torn broadcast starts another mending.
-                room.mending.store(false, Ordering::Release);
-                shared.rooms.in_room(room.event).into_iter().map(|session| (session, now)).collect()
-            });
-            let still: Vec<_> = {
-                let told = lock(&room.told);
-                let news: Vec<_> = told.values().map(wire::availability).collect();
-                let full = |session: &Session| news.iter().any(|json| session.emit(UPDATE, json) == Sent::Full);
-                tell.into_iter().filter(|(session, _)| session.is_in(room.event) && full(session)).collect()
-            };
             metrics::GATEWAY_MENDED.count(&[]);
-            room.behind.fetch_sub(known, Ordering::AcqRel);
-            let (slow, still): (Vec<_>, Vec<_>) =
-                still.into_iter().partition(|(_, since)| now.duration_since(*since) >= shared.options.slow_client);
-            for (session, _) in slow {
-                shared.end(&session, Ending::Slow);
-            }
-            if still.is_empty() {
-                return;
-            }
-            known = still.len();
-            room.behind.fetch_add(known, Ordering::AcqRel);
-            behind = Some(still);
-        }
-    }
-
-    fn tell_updates(self: &Arc<Self>, event: EventId, changed: &[Availability]) {
-        let Some(room) = self.rooms.room(event) else { return };
-        let mut torn = false;
-        {
-            let mut told = lock(&room.told);
-            for counts in changed {
-                let Some(to) = self.room_operators(event) else { return };
-                let full = Self::broadcast(to, UPDATE, &wire::availability(counts), "update");
-                torn |= full > room.behind.load(Ordering::Acquire);
-                told.insert(counts.category, *counts);
-            }
-        }
-        if torn && !room.mending.swap(true, Ordering::AcqRel) {
-            self.tasks.spawn(Self::mend(Arc::downgrade(self), room));
-        }
-    }
-
-    /// Those who moved tickets themselves are told of the others' only; sums that are then zero are not sent.
-    fn tell_others(&self, event: EventId, summaries: &[Summary]) {
-        for summary in summaries {
-            let (name, reason) = match summary.kind {
-                ChangeKind::Locked => ("tickets-locked-by-other-user", None),
-                ChangeKind::Back(reason) => ("tickets-released-by-other-user", Some(reason)),
-            };
-            let movers = self.rooms.present(event, &summary.by_user);
-            let Some(to) = self.room_operators(event) else { return };
-            let to = to.except(movers.iter().map(|(user, _)| room_of_user(*user)).collect::<Vec<_>>());
-            Self::broadcast(to, name, &wire::moved(event, summary.category, summary.total, reason), "others");
-            for (user, sessions) in movers {
-                let quantity = summary.without(user);
-                if quantity == 0 {
-                    continue;
-                }
-                let data = wire::moved(event, summary.category, quantity, reason);
-                for session in sessions {
-                    if session.emit(name, &data) == Sent::Full {
-                        metrics::GATEWAY_DROPPED.count(&["others"]);
+            let waiting: Vec<_> = lock(&room.behind).sessions.values().cloned().collect();
+            for portion in waiting.chunks(PORTION_LEN) {
+                let latest = lock(&room.told);
+                let packets: Vec<_> = latest.values().cloned().collect();
+                let frames = Packet::frames(&packets);
+                let now = Instant::now();
+                for (session, since) in portion {
+                    let told = session.while_in(room.event, || session.tell(&shared.lines, &frames, &packets, &[]));
+                    let still = told == Some(Told::Full);
+                    let slow = now.duration_since(*since) >= shared.options.slow_client;
+                    if still && slow {
+                        shared.end(session, Ending::Slow);
+                    }
+                    if slow || !still {
+                        lock(&room.behind).sessions.remove(&session.id);
                     }
                 }
+            }
+            let mut behind = lock(&room.behind);
+            if behind.sessions.is_empty() {
+                behind.mending = false;
+                return;
             }
         }
     }
@@ -300,17 +209,111 @@ impl Shared {
     }
 }
 
+/// One round through a room: a portion of its sockets at a time.
+struct Tour {
+    shared: Arc<Shared>,
+    room: Arc<Room>,
+    sessions: Arc<[Arc<Session>]>,
+    /// The next one.
+    at: usize,
+    news: News,
+    updates: Vec<Packet>,
+    others: Vec<Packet>,
+    /// All of them.
+    frames: Bytes,
+    /// Users who moved tickets themselves: they are told of the others' only.
+    movers: HashSet<UserId>,
+}
+
+/// What everybody, or one user, is told of what others did. Sums that are then zero are not sent.
+fn others(news: &News, user: Option<UserId>) -> Vec<Packet> {
+    let packet = |summary: &crate::fanout::Summary| {
+        let (name, reason) = match summary.kind {
+            ChangeKind::Locked => ("tickets-locked-by-other-user", None),
+            ChangeKind::Back(reason) => ("tickets-released-by-other-user", Some(reason)),
+        };
+        let quantity = user.map_or(summary.total, |user| summary.without(user));
+        let data = wire::moved(news.event, summary.category, quantity, reason);
+        (quantity > 0).then(|| Packet::new(NAMESPACE, name, data))
+    };
+    news.summaries.iter().filter_map(packet).collect()
+}
+
+impl Tour {
+    fn tell(&self, session: &Session) -> Told {
+        if !self.movers.contains(&session.user) {
+            return session.tell(&self.shared.lines, &self.frames, &self.updates, &self.others);
+        }
+        let others = others(&self.news, Some(session.user));
+        let frames = Packet::frames(self.updates.iter().chain(&others));
+        if frames.is_empty() {
+            return Told::Queued;
+        }
+        session.tell(&self.shared.lines, &frames, &self.updates, &others)
+    }
+
+    /// A socket that did not take it all: what it missed of the counts is told later.
+    fn note(&self, session: &Arc<Session>) {
+        if !self.others.is_empty() {
+            metrics::GATEWAY_DROPPED.count(&["others"]);
+        }
+        if self.updates.is_empty() {
+            return;
+        }
+        metrics::GATEWAY_DROPPED.count(&["update"]);
+        let mut behind = lock(&self.room.behind);
+        behind.sessions.entry(session.id).or_insert_with(|| (Arc::clone(session), Instant::now()));
+        if !behind.mending {
+            behind.mending = true;
+            self.shared.tasks.spawn(Shared::mend(Arc::downgrade(&self.shared), Arc::clone(&self.room)));
+        }
+    }
+}
+
+impl Telling for Tour {
+    fn go_on(&mut self) -> bool {
+        let end = self.sessions.len().min(self.at + PORTION_LEN);
+        let (mut bypassed, mut queued) = (0, 0);
+        let told = lock(&self.room.told);
+        for session in &self.sessions[self.at..end] {
+            match session.while_in(self.room.event, || self.tell(session)).unwrap_or(Told::Gone) {
+                Told::Bypassed => bypassed += 1,
+                Told::Queued => queued += 1,
+                Told::Full => self.note(session),
+                Told::Gone => {}
+            }
+        }
+        drop(told);
+        metrics::GATEWAY_NEWS.add(&["bypass"], bypassed);
+        metrics::GATEWAY_NEWS.add(&["queue"], queued);
+        self.at = end;
+        end < self.sessions.len()
+    }
+}
+
 /// The fan-out's view of the gateway.
 #[derive(Debug)]
 pub(super) struct Here(pub Arc<Shared>);
 
 impl Audience for Here {
-    fn updates(&self, event: EventId, changed: &[Availability]) {
-        self.0.tell_updates(event, changed);
-    }
-
-    fn others(&self, event: EventId, summaries: &[Summary]) {
-        self.0.tell_others(event, summaries);
+    fn gather(&self, news: News) -> Option<Box<dyn Telling>> {
+        let (room, sessions) = self.0.rooms.gather(news.event)?;
+        let updates: Vec<_> = news.changed.iter().map(update).collect();
+        lock(&room.told).extend(news.changed.iter().map(|counts| counts.category).zip(updates.iter().cloned()));
+        let others = others(&news, None);
+        let frames = Packet::frames(updates.iter().chain(&others));
+        let movers = news.summaries.iter().flat_map(|summary| &summary.by_user).map(|(user, _)| *user).collect();
+        Some(Box::new(Tour {
+            shared: Arc::clone(&self.0),
+            room,
+            sessions,
+            at: 0,
+            news,
+            updates,
+            others,
+            frames,
+            movers,
+        }))
     }
 
     fn personal(&self, user: UserId, message: &Personal) {

@@ -7,24 +7,24 @@ use std::collections::HashSet;
 use std::convert::Infallible;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::time::Duration;
 
+use bytes::Bytes;
 use socketioxide::adapter::{Adapter, LocalAdapter};
 use socketioxide::extract::AckSender;
 use socketioxide::handler::{FromConnectParts, FromMessageParts, Value};
 use socketioxide::socket::{DisconnectReason, Socket};
 use socketioxide::{SendError, SocketError, TransportType};
-use tokio::sync::mpsc;
-use tokio::sync::mpsc::error::TrySendError;
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
 use super::actor::Actor;
 use super::auth::Claims;
+use super::bypass::{Bypass, Packet, Passed};
 use super::limits::{INBOX_LEN_MAX, INBOX_RETRY_AFTER, REFUSALS_MAX, Seat};
-use super::line::Line;
-use super::rooms::room_of_user;
+use super::line::{Line, Lines};
+use super::queue::{self, Rejected};
 use super::wire::{self, About, Code, Json, Name, Refusal};
 use super::{Shared, lock};
 use crate::domain::{EventId, SessionId, UserId};
@@ -98,6 +98,29 @@ impl From<Result<(), SendError>> for Sent {
                 tracing::error!(%error, "a message could not be encoded");
                 Self::Gone
             }
+        }
+    }
+}
+
+/// What became of news.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Told {
+    /// Written.
+    Bypassed,
+    /// In the socket's send buffer.
+    Queued,
+    /// The client does not read as fast as it is told.
+    Full,
+    /// The socket is gone.
+    Gone,
+}
+
+impl From<Told> for Sent {
+    fn from(told: Told) -> Self {
+        match told {
+            Told::Bypassed | Told::Queued => Self::Yes,
+            Told::Full => Self::Full,
+            Told::Gone => Self::Gone,
         }
     }
 }
@@ -193,12 +216,14 @@ pub struct Session {
     socket: Weak<Socket>,
     /// The line of the connection that the session was opened on.
     line: Option<Line>,
+    /// Known once the session's transport is a WebSocket.
+    bypass: OnceLock<Bypass>,
     seat: Mutex<Option<Seat>>,
     /// Messages refused since the inbox was empty last.
     refused: AtomicUsize,
     /// `None` when the session is over.
     rooms: Mutex<Option<HashSet<EventId>>>,
-    mail: mpsc::Sender<(&'static str, Json)>,
+    mail: queue::Sender<(&'static str, Json)>,
 }
 
 impl fmt::Debug for Session {
@@ -254,9 +279,10 @@ impl Session {
         }
     }
 
-    /// Whether the session watches an event.
-    pub fn is_in(&self, event: EventId) -> bool {
-        lock(&self.rooms).as_ref().is_some_and(|rooms| rooms.contains(&event))
+    /// Does something, unless the session does not watch the event; it cannot leave meanwhile.
+    pub fn while_in<T>(&self, event: EventId, act: impl FnOnce() -> T) -> Option<T> {
+        let rooms = lock(&self.rooms);
+        rooms.as_ref().is_some_and(|rooms| rooms.contains(&event)).then(act)
     }
 
     /// Notes a room; false when the session is over.
@@ -276,21 +302,41 @@ impl Session {
         lock(&self.rooms).take().unwrap_or_default()
     }
 
-    /// Lets the socket into a room of the transport, unless it is gone: a late joiner would stay there for ever.
-    pub fn join(&self, room: String) {
-        if let Some(socket) = self.socket.upgrade() {
-            socket.join(room);
-            if !socket.connected() {
-                socket.leave_all();
-            }
+    /// The bypass of its WebSocket; none while its transport is polling.
+    fn bypass(&self, lines: &Lines) -> Option<&Bypass> {
+        if self.bypass.get().is_none() && self.socket.upgrade()?.transport_type() == TransportType::Websocket {
+            let line = lines.find(&self.sid).or_else(|| self.line.clone())?;
+            self.bypass.set(line.bypass()?.clone()).ok();
         }
+        self.bypass.get()
     }
 
-    /// Takes the socket out of a room of the transport.
-    pub fn part(&self, room: String) {
-        if let Some(socket) = self.socket.upgrade() {
-            socket.leave(room);
+    /// Tells news of a room: by the bypass, where `frames` are all of them, or through the queue in their order. When the
+    /// answer is `Full` some were not sent, and all `updates` are to be told again.
+    pub fn tell(&self, lines: &Lines, frames: &Bytes, updates: &[Packet], others: &[Packet]) -> Told {
+        let bypass = self.bypass(lines);
+        match bypass.map(|bypass| bypass.send(frames)) {
+            Some(Passed::Yes) => return Told::Bypassed,
+            Some(Passed::Full) => return Told::Full,
+            Some(Passed::Gone) => return Told::Gone,
+            Some(Passed::Closed) | None => {}
         }
+        for packet in updates {
+            if let Some(bypass) = bypass {
+                bypass.await_passing(packet);
+            }
+            match self.emit(packet.name, &packet.data) {
+                Sent::Yes => {}
+                Sent::Full => return Told::Full,
+                Sent::Gone => return Told::Gone,
+            }
+        }
+        for packet in others {
+            if self.emit(packet.name, &packet.data) == Sent::Full {
+                metrics::GATEWAY_DROPPED.count(&["others"]);
+            }
+        }
+        Told::Queued
     }
 }
 
@@ -312,8 +358,10 @@ impl Shared {
     /// Prepares a socket whose handshake is good, before it is connected: handlers are registered here because a
     /// message may follow the connection at once.
     pub(super) fn admit(self: &Arc<Self>, socket: &Arc<Socket>, claims: Claims, seat: Seat) {
-        let (mail, post) = mpsc::channel(MAIL_LEN_MAX);
-        let (sender, inbox) = mpsc::channel(INBOX_LEN_MAX);
+        let (mail, post) = queue::bounded(MAIL_LEN_MAX);
+        let (sender, inbox) = queue::bounded(INBOX_LEN_MAX);
+        // The handler is cloned for each message.
+        let sender = Arc::new(sender);
         let session = Arc::new(Session {
             id: SessionId::generate(),
             user: claims.user,
@@ -323,6 +371,7 @@ impl Shared {
             over: CancellationToken::new(),
             socket: Arc::downgrade(socket),
             line: socket.req_parts().extensions.get::<Line>().cloned(),
+            bypass: OnceLock::new(),
             seat: Mutex::new(Some(seat)),
             refused: AtomicUsize::new(0),
             rooms: Mutex::new(Some(HashSet::new())),
@@ -335,7 +384,7 @@ impl Shared {
         socket.on_fallback({
             let (session, shared) = (Arc::clone(&session), Arc::downgrade(self));
             move |message: Incoming| {
-                if let Err(TrySendError::Full(message)) = sender.try_send(message)
+                if let Err(Rejected::Full(message)) = sender.try_send(message)
                     && session.refuse(&message)
                     && let Some(shared) = shared.upgrade()
                 {
@@ -354,13 +403,12 @@ impl Shared {
                 std::future::ready(())
             }
         });
-        socket.join(room_of_user(claims.user));
         self.rooms.enter(&session);
     }
 
     /// Starts the actor of a socket that is connected now.
     pub(super) fn begin(&self, socket: &Socket) {
-        let actor = socket.extensions.get::<Arc<Mutex<Option<Actor>>>>().and_then(|actor| lock(&actor).take());
+        let actor = socket.extensions.remove::<Arc<Mutex<Option<Actor>>>>().and_then(|actor| lock(&actor).take());
         if let Some(actor) = actor {
             self.tasks.spawn(actor.live());
         }

@@ -9,6 +9,7 @@ mod error;
 mod key;
 mod memory;
 mod notice;
+mod recent;
 mod redis;
 mod reply;
 mod script;

@@ -1,5 +1,6 @@
 //! The ledger of a fleet: TTL keys in Redis, one script for each transition.
 
+use std::hash::Hash;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -10,6 +11,7 @@ use tokio::sync::mpsc;
 
 use super::driver::{Delivery, Driver, DriverOptions, Witness};
 use super::notice::{read_change, read_personal, write_personal};
+use super::recent::Recent;
 use super::reply::{self, Left, OrderReply, Parts};
 use super::script::{self, Script};
 use super::{FEED_LEN_MAX, FeedItem, Footing, Ledger, LedgerError, LedgerOptions, Presence, Swept, Topic, key};
@@ -103,6 +105,9 @@ pub struct RedisLedger {
     wait_within: Duration,
     feed: Mutex<Option<mpsc::Receiver<FeedItem>>>,
     known: Mutex<Known>,
+    /// Index entries written a moment ago; none on a stepped clock, whose moments are not this machine's.
+    touched: Option<Recent<(EventId, Duration)>>,
+    visited: Option<Recent<(UserId, EventId)>>,
 }
 
 /// What the last beat told.
@@ -141,6 +146,8 @@ impl RedisLedger {
             wait_within: redis.timeout / 2,
             feed: Mutex::new(Some(feed)),
             known: Mutex::default(),
+            touched: (redis.clock == RedisClock::Server).then(Recent::new),
+            visited: (redis.clock == RedisClock::Server).then(Recent::new),
         })
     }
 
@@ -179,6 +186,38 @@ impl RedisLedger {
             &self.run(&script::TOUCH, vec![key::DUE.to_owned(), key::EVENTS.to_owned()], args).await?,
             "touched",
         )
+    }
+
+    /// Makes sure that a sweep looks at an event in which a lock is asked for. A touch made before for a lock that has its
+    /// first due time as far ahead is as good: it is due earlier.
+    async fn touch_for_lock(&self, event: EventId, first_due: Duration) -> Result<(), LedgerError> {
+        let touch = self.touch(event, first_due);
+        match &self.touched {
+            Some(recent) => self.unless_recent(recent, (event, first_due), touch).await,
+            None => touch.await,
+        }
+    }
+
+    async fn visit_for_lock(&self, user: UserId, event: EventId) -> Result<(), LedgerError> {
+        let visit = self.visit(user, event);
+        match &self.visited {
+            Some(recent) => self.unless_recent(recent, (user, event), visit).await,
+            None => visit.await,
+        }
+    }
+
+    async fn unless_recent<K: Eq + Hash>(
+        &self,
+        recent: &Recent<K>,
+        key: K,
+        write: impl Future<Output = Result<(), LedgerError>>,
+    ) -> Result<(), LedgerError> {
+        let (now, connections) = (Instant::now(), self.driver.connections());
+        if !recent.has(&key, now, connections) {
+            write.await?;
+            recent.note(key, now, connections);
+        }
+        Ok(())
     }
 
     async fn visit(&self, user: UserId, event: EventId) -> Result<(), LedgerError> {
@@ -311,6 +350,10 @@ impl RedisLedger {
             Some(_) if alive.held && (known.connections == connections || known.connections == 0) => Footing::Firm,
             Some(_) => Footing::Doubtful,
         };
+        if footing == Footing::Doubtful {
+            self.touched.iter().for_each(Recent::forget);
+            self.visited.iter().for_each(Recent::forget);
+        }
         (known.fleet, known.epoch, known.connections) = (alive.reports, Some(alive.epoch), connections);
         Ok(footing)
     }
@@ -432,8 +475,8 @@ impl Ledger for RedisLedger {
         let first_due = if first_due.is_zero() { request.ttl } else { first_due };
         let witness = if self.wait > 0 { Some(self.driver.witness(&key::lock(request.lock)).await?) } else { None };
         let (touched, visited, answer) = tokio::join!(
-            self.touch(event, first_due),
-            self.visit(request.user, event),
+            self.touch_for_lock(event, first_due),
+            self.visit_for_lock(request.user, event),
             self.event(&script::LOCK, event, keys, args),
         );
         let outcome = reply::lock(answer?)?;

@@ -9,7 +9,7 @@ use seatlock::domain::{
     Availability, ChangeKind, EventId, LockId, OrderResult, Personal, Quantity, ReleaseReason, Releaser, ReplicaId,
     UserId,
 };
-use seatlock::fanout::{Audience, Fanout, FanoutOptions, Summary};
+use seatlock::fanout::{Audience, Fanout, FanoutOptions, News, Summary, Telling};
 use seatlock::inventory::{Catalogue, Stock, StockOptions};
 use seatlock::ledger::{FEED_LEN_MAX, Ledger, RedisClock, RedisLedger, RedisOptions, Topic};
 use tokio::time::{Instant, sleep};
@@ -31,15 +31,14 @@ struct Ears {
 }
 
 impl Audience for Ears {
-    fn updates(&self, event: EventId, changed: &[Availability]) {
-        assert!(changed.iter().all(|counts| counts.event == event));
-        assert!(changed.is_sorted_by_key(|counts| counts.category), "each category once: {changed:?}");
+    fn gather(&self, news: News) -> Option<Box<dyn Telling>> {
+        assert!(news.changed.iter().all(|counts| counts.event == news.event));
+        assert!(news.changed.is_sorted_by_key(|counts| counts.category), "each category once: {news:?}");
         let now = Instant::now();
-        self.updates.lock().expect("no panic").extend(changed.iter().map(|&counts| (now, counts)));
-    }
-
-    fn others(&self, event: EventId, summaries: &[Summary]) {
-        self.others.lock().expect("no panic").extend(summaries.iter().map(|summary| (event, summary.clone())));
+        self.updates.lock().expect("no panic").extend(news.changed.iter().map(|&counts| (now, counts)));
+        let others = news.summaries.into_iter().map(|summary| (news.event, summary));
+        self.others.lock().expect("no panic").extend(others);
+        None
     }
 
     fn personal(&self, user: UserId, message: &Personal) {

@@ -400,6 +400,55 @@ async fn a_joiner_gets_the_room_and_then_its_news() {
     assert_eq!(watcher.ask("join-event-room", &json!({ "eventId": 999 })).await["code"], "event_not_found");
 }
 
+/// News are written past the queue of every WebSocket, also of one that began with polling; who polls has them by the
+/// queue. Each is told once for each change.
+#[tokio::test(flavor = "multi_thread")]
+async fn news_take_the_bypass_to_every_websocket() {
+    let handle = seatlock::metrics::install().expect("nobody else counts in this process");
+    let told = |path: &str| {
+        let name = format!("seatlock_gateway_news_total{{kind=\"{path}\"}} ");
+        handle.render().lines().find_map(|line| line.strip_prefix(&name)?.parse::<u64>().ok()).unwrap_or(0)
+    };
+    let replica = replica(options()).await;
+    let mut direct = replica.client(1).await;
+    direct.ask("join-event-room", &json!({ "eventId": 1 })).await;
+    let mut upgraded = Browser::of(&replica, 2, &["polling", "websocket"]).await;
+    upgraded.ask("join-event-room", &json!({ "eventId": 1 })).await;
+    let mut polling = Browser::of(&replica, 3, &["polling"]).await;
+    polling.ask("join-event-room", &json!({ "eventId": 1 })).await;
+    let end = Instant::now() + PATIENCE;
+    while upgraded.transport().await != "websocket" {
+        assert!(Instant::now() < end, "the client stays with polling");
+    }
+
+    let mut buyer = replica.client(4).await;
+    let mut version = 0;
+    let (mut before, mut began) = (0, 0);
+    for change in 0..8 {
+        if change == 4 {
+            // The first news of each WebSocket go by the queue, and the next wait for them.
+            (before, began) = (told("bypass"), told("queue"));
+        }
+        let request = if change % 2 == 0 { "lock-tickets" } else { "unlock-tickets" };
+        assert_eq!(buyer.ask(request, &lock(1, 2, 1)).await["success"], true);
+        let left = if change % 2 == 0 { 49 } else { 50 };
+        loop {
+            let update = direct.expect("availability-update").await;
+            let newer = update["version"].as_u64() > Some(version);
+            if newer && update["categoryId"] == 2 && update["availableTickets"] == left {
+                version = update["version"].as_u64().expect("a number");
+                break;
+            }
+        }
+        for client in [&mut upgraded, &mut polling] {
+            while client.event("availability-update").await["version"] != version {}
+        }
+    }
+    eventually("four changes, two WebSockets", async || told("bypass") >= before + 8).await;
+    eventually("four changes, one poller", async || told("queue") >= began + 4).await;
+    assert_eq!((told("bypass") - before, told("queue") - began), (8, 4));
+}
+
 /// One connection can watch 32 events and no more.
 #[tokio::test(flavor = "multi_thread")]
 async fn rooms_are_bounded() {

@@ -11,9 +11,9 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use futures_util::future::join_all;
 use seatlock::domain::{
-    Availability, CategoryId, ChangeKind, EventId, LockOutcome, LockRequest, Personal, ReleaseReason, ReplicaId, UserId,
+    Availability, CategoryId, ChangeKind, LockOutcome, LockRequest, Personal, ReleaseReason, ReplicaId, UserId,
 };
-use seatlock::fanout::{Audience, Fanout, FanoutOptions, Summary};
+use seatlock::fanout::{Audience, Fanout, FanoutOptions, News, Telling};
 use seatlock::inventory::{Catalogue, Stock, StockOptions};
 use seatlock::ledger::{Ledger, LedgerOptions, RedisClock, RedisLedger, RedisOptions, Sweeper};
 use tokio_util::sync::CancellationToken;
@@ -45,19 +45,16 @@ struct Ears {
 }
 
 impl Audience for Ears {
-    fn updates(&self, _event: EventId, changed: &[Availability]) {
+    fn gather(&self, news: News) -> Option<Box<dyn Telling>> {
         let now = clock_ms();
-        self.updates.lock().expect("no panic").extend(changed.iter().map(|&counts| (now, counts)));
-    }
-
-    fn others(&self, _event: EventId, summaries: &[Summary]) {
-        let now = clock_ms();
+        self.updates.lock().expect("no panic").extend(news.changed.iter().map(|&counts| (now, counts)));
         let mut back = self.back.lock().expect("no panic");
-        for summary in summaries {
+        for summary in &news.summaries {
             if summary.kind == ChangeKind::Back(ReleaseReason::Expired) {
                 back.extend(summary.by_user.iter().map(|(user, _)| ((summary.category, *user), now)));
             }
         }
+        None
     }
 
     fn personal(&self, user: UserId, message: &Personal) {

@@ -17,7 +17,7 @@ use futures_util::{SinkExt as _, StreamExt as _};
 use seatlock::domain::{LockRequest, ReplicaId};
 use seatlock::fanout::{Fanout, FanoutOptions};
 use seatlock::gateway::auth::{KeySource, TokenIssuer, TokenVerifier, VerifierOptions};
-use seatlock::gateway::{Gateway, GatewayOptions, Line, LineStream};
+use seatlock::gateway::{Gateway, GatewayOptions, Line, LineStream, Tap};
 use seatlock::inventory::{Catalogue, Stock, StockOptions};
 use seatlock::ledger::{Ledger, LedgerOptions, MemoryLedger, RedisClock, RedisLedger, RedisOptions, Sweeper};
 use serde_json::{Value, json};
@@ -139,13 +139,13 @@ struct Door(TcpListener);
 struct Caller(Line);
 
 impl axum::serve::Listener for Door {
-    type Io = LineStream<TcpStream>;
+    type Io = LineStream<Tap>;
     type Addr = Line;
 
     async fn accept(&mut self) -> (Self::Io, Self::Addr) {
         let (stream, _) = self.0.accept().await.expect("a connection");
         stream.set_nodelay(true).expect("an open connection");
-        Line::wrap(stream)
+        Line::over(stream)
     }
 
     fn local_addr(&self) -> std::io::Result<Line> {
