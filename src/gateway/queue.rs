@@ -91,6 +91,11 @@ impl<T> Receiver<T> {
         }
     }
 
+    /// Whether nothing waits.
+    pub fn is_empty(&self) -> bool {
+        lock(&self.0.state).items.is_empty()
+    }
+
     /// Takes nothing more in; what is in the queue can still be taken out.
     pub fn close(&mut self) {
         lock(&self.0.state).closed = true;
