@@ -124,12 +124,13 @@ local function expire_due()
   local due = redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', int(now), 'WITHSCORES', 'LIMIT', 0, BATCH)
   local count = #due / 2
   if count == 0 then return 0 end
-  local locks, fields, ended = {}, {}, {}
+  local locks, fields, ended, told = {}, {}, {}, {}
   for i = 1, count do
     local member = due[2 * i - 1]
     local lock, category, quantity, user = string.match(member, '^([^|]+)|(%d+)|(%d+)|(%d+)$')
     locks[i] = { lock = lock, category = category, quantity = quantity, user = user }
     fields[2 * i - 1], fields[2 * i] = user .. ':' .. category, user
+    told[i] = lock .. ' ' .. category .. ' ' .. quantity .. ' ' .. user
     ended[2 * i - 1], ended[2 * i] = due[2 * i], member
   end
   local held, holders, rows = redis.call('HMGET', KEYS[6], unpack(fields)), {}, {}
@@ -168,10 +169,8 @@ local function expire_due()
   for _, row in pairs(rows) do
     save(row, table.concat(row.changes))
   end
-  -- The rooms first: theirs is one message a category.
-  for _, lock in ipairs(locks) do
-    tell(lock.user, 'expired ' .. lock.lock .. ' ' .. lock.category .. ' ' .. lock.quantity)
-  end
+  -- One message for all owners: a thousand would stand in the way of the rooms' news.
+  redis.call('PUBLISH', 'seatlock:expired', table.concat(told, ' '))
   keep(KEYS[1], KEYS[3])
   return count
 end

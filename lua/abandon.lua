@@ -26,7 +26,6 @@ for category in string.gmatch(redis.call('HGET', KEYS[1], 'categories') or '', '
       held.state = 'abandoned'
       redis.call('ZADD', KEYS[2], int(math.min(held.deadline, now + ARGV[4])), held.member)
       save_held(held)
-      keep(KEYS[2], KEYS[6])
       moved = moved + 1
     end
   end

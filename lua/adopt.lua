@@ -28,7 +28,6 @@ for category in string.gmatch(redis.call('HGET', KEYS[1], 'categories') or '', '
         redis.call('ZADD', KEYS[2], int(held.deadline), held.member)
       end
       save_held(held)
-      keep(KEYS[2], KEYS[6])
     end
     reply[#reply + 1] = {held.lock, category, int(held.quantity), held.created, int(held.deadline)}
   end

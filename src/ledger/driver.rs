@@ -137,7 +137,7 @@ impl Driver {
             route: watch::Sender::new(Arc::default()),
             doubt: Notify::new(),
             connections: AtomicU64::new(0),
-            channels: Mutex::default(),
+            channels: Mutex::new(HashSet::from([key::EXPIRED_CHANNEL.to_owned()])),
             deliveries,
             stop: CancellationToken::new(),
         });
@@ -263,6 +263,11 @@ impl Driver {
             }
         }
         Err(moving())
+    }
+
+    /// Whether somebody wants a channel.
+    pub(super) fn wants(&self, channel: &str) -> bool {
+        self.channels().contains(channel)
     }
 
     /// Stops receiving a channel.

@@ -93,5 +93,8 @@ const EVENT_CHANNEL_END: &str = "}:changes";
 /// What every user's channel begins with; the scripts know it too.
 pub(super) const USER_CHANNEL: &str = "seatlock:user:";
 
+/// Where every replica hears which locks have reached their deadline: `lock category quantity user ...`.
+pub(super) const EXPIRED_CHANNEL: &str = "seatlock:expired";
+
 /// What a replica's own channel begins with: it tells itself that its subscription is alive.
 pub(super) const PROBE_CHANNEL: &str = "seatlock:probe:";

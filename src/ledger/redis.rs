@@ -2,7 +2,7 @@
 
 use std::hash::Hash;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
@@ -10,7 +10,7 @@ use futures_util::future::join_all;
 use tokio::sync::mpsc;
 
 use super::driver::{Delivery, Driver, DriverOptions, Witness};
-use super::notice::{read_change, read_personal, write_personal};
+use super::notice::{read_change, read_expired, read_personal, write_personal};
 use super::recent::Recent;
 use super::reply::{self, Left, OrderReply, Parts};
 use super::script::{self, Script};
@@ -137,7 +137,7 @@ impl RedisLedger {
             probe: format!("{}{}", key::PROBE_CHANNEL, redis.replica),
         })?;
         let (sender, feed) = mpsc::channel(FEED_LEN_MAX);
-        tokio::spawn(read_deliveries(deliveries, sender));
+        tokio::spawn(read_deliveries(Arc::downgrade(&driver), deliveries, sender));
         Ok(Self {
             driver,
             options,
@@ -729,32 +729,42 @@ impl Ledger for RedisLedger {
 }
 
 /// Turns what the subscription delivers into feed items. A full feed drops and says so with a resync.
-async fn read_deliveries(mut deliveries: mpsc::Receiver<Delivery>, feed: mpsc::Sender<FeedItem>) {
+async fn read_deliveries(driver: Weak<Driver>, mut deliveries: mpsc::Receiver<Delivery>, feed: mpsc::Sender<FeedItem>) {
     let mut gap = false;
     while let Some(delivery) = deliveries.recv().await {
         if gap && feed.try_send(FeedItem::Resync).is_ok() {
             gap = false;
         }
-        let item = match delivery {
-            Delivery::Gap => FeedItem::Resync,
-            Delivery::Message { channel, text } => {
-                let Some(item) = read_message(&channel, &text) else {
-                    metrics::LEDGER_NOTICES_UNREADABLE.count(&[]);
-                    tracing::debug!(channel, "a notice that does not read as one");
-                    continue;
-                };
-                item
+        let items = match delivery {
+            Delivery::Gap => Some(vec![FeedItem::Resync]),
+            Delivery::Message { channel, text } if channel == key::EXPIRED_CHANNEL => {
+                let Some(driver) = driver.upgrade() else { return };
+                read_expired(&text).map(|told| of_listeners(&driver, told))
             }
+            Delivery::Message { channel, text } => read_message(&channel, &text).map(|item| vec![item]),
         };
-        match feed.try_send(item) {
-            Ok(()) => {}
-            Err(mpsc::error::TrySendError::Full(_)) => {
-                metrics::LEDGER_NOTICES_LOST.count(&[]);
-                gap = true;
+        let Some(items) = items else {
+            metrics::LEDGER_NOTICES_UNREADABLE.count(&[]);
+            tracing::debug!("a notice that does not read as one");
+            continue;
+        };
+        for item in items {
+            match feed.try_send(item) {
+                Ok(()) => {}
+                Err(mpsc::error::TrySendError::Full(_)) => {
+                    metrics::LEDGER_NOTICES_LOST.count(&[]);
+                    gap = true;
+                }
+                Err(mpsc::error::TrySendError::Closed(_)) => return,
             }
-            Err(mpsc::error::TrySendError::Closed(_)) => return,
         }
     }
+}
+
+/// What everybody is told of locks is for the users who are listened for here.
+fn of_listeners(driver: &Driver, told: Vec<(UserId, Personal)>) -> Vec<FeedItem> {
+    let here = told.into_iter().filter(|(user, _)| driver.wants(&key::user_channel(*user)));
+    here.map(|(user, message)| FeedItem::Personal(user, message)).collect()
 }
 
 fn read_message(channel: &str, text: &str) -> Option<FeedItem> {

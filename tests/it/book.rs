@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use seatlock::domain::{
     Announcement, AskOutcome, Book, Instant, Kept, LockId, LockOutcome, LockRequest, Memento, Now, OrderResult,
-    Personal, RateLimit, Releaser, RestoreRequest, SessionId, ValidateRequest,
+    RateLimit, Releaser, RestoreRequest, SessionId,
 };
 
 use crate::support::ledger::{
@@ -202,6 +202,8 @@ fn a_sweep_says_when_to_come_again() {
     desk.pass(Duration::from_secs(1));
     desk.restock(10);
     assert_eq!(desk.next(), Some(WARNING - SETTLE - Duration::from_secs(1)), "the deadline");
+    desk.grant(&LockRequest { ttl: WARNING, ..request(event(1), 1, 4, 1) });
+    assert_eq!(desk.next(), Some(WARNING - SETTLE - Duration::from_secs(1)), "the first of two deadlines");
 }
 
 /// An abandonment or an adoption of an earlier presence touches nothing that a later one has seen.
@@ -226,23 +228,4 @@ fn presence_goes_by_generations() {
     assert_eq!(desk.book.abandon(desk.now, user(1), 6, GRACE), 1);
     desk.book.adopt(desk.now, user(1), 5);
     assert_eq!(desk.deadline(lock), short, "before the abandonment, told after it");
-}
-
-/// Replicas hear of a pin and of a sale, to remember them.
-#[test]
-fn pins_and_sales_are_told() {
-    let mut desk = Desk::new();
-    let lock = desk.grant(&request(event(1), 1, 7, 2));
-    let window = Duration::from_mins(6);
-    let wanted =
-        ValidateRequest { event: event(1), category: category(1), user: user(7), quantity: quantity(2), window };
-    let Desk { book, now, out } = &mut desk;
-    out.clear();
-    book.validate(*now, &wanted, out);
-    let deadline = Instant::from_ms(now.instant().as_ms() + 360_000);
-    assert_eq!(*out, [Announcement::User(user(7), Personal::Pinned { lock, deadline })]);
-    out.clear();
-    let order = Some(order_id("9"));
-    book.confirm(*now, lock, None, order.as_ref(), out);
-    assert!(out.contains(&Announcement::User(user(7), Personal::Confirmed { lock, order })), "{out:?}");
 }

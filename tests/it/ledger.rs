@@ -510,6 +510,20 @@ on_both! {
         assert_eq!(on.counts(event(1), 1).await, (6, 2, 0));
     }
 
+    /// Two locks are confirmed for an order that was reported before: the second moves what the first left.
+    async fn confirms_after_the_report_share_its_tickets(on: &Stepped) {
+        on.stock(event(1), &[(1, 9, 9)]).await;
+        on.ledger.order(&report(event(1), "5", 1, 7, 3, OrderResult::Completed)).await.unwrap();
+        for (active, sold) in [(2, 3), (2, 4)] {
+            let lock = on.grant(event(1), 1, 7, 2).await;
+            assert_eq!(on.counts(event(1), 1).await.1, active);
+            on.ledger.confirm(lock, None, Some(&order_id("5"))).await.unwrap();
+            assert_eq!(on.counts(event(1), 1).await, (9 - sold, 0, sold));
+        }
+        on.stock(event(1), &[(1, 9, 5)]).await;
+        assert_eq!(on.counts(event(1), 1).await, (5, 0, 0));
+    }
+
     /// The report comes before the confirm of a lock that is not pinned: the confirm names the order and they meet.
     async fn a_confirm_after_the_report_meets_its_order(on: &Stepped) {
         on.stock(event(1), &[(1, 9, 9)]).await;
@@ -653,6 +667,31 @@ on_both! {
                     other => panic!("{other:?}"),
                 }
             }
+        }
+    }
+
+    /// Replicas hear of a pin and of a sale, to remember them.
+    async fn pins_and_sales_are_told(on: &Stepped) {
+        on.stock(event(1), &[(1, 9, 9)]).await;
+        let mut feed = on.ledger.feed().expect("taken once");
+        on.ledger.subscribe(Topic::User(user(7))).await.unwrap();
+        let lock = on.grant(event(1), 1, 7, 2).await;
+        let ValidateOutcome::Valid { deadline, .. } = on.ledger.validate(&validate(7, 1, 2)).await.unwrap() else {
+            panic!("it is active");
+        };
+        let order = Some(order_id("5"));
+        on.ledger.confirm(lock, None, order.as_ref()).await.unwrap();
+        for told in [Personal::Pinned { lock, deadline }, Personal::Confirmed { lock, order }] {
+            let heard = async {
+                loop {
+                    match feed.recv().await {
+                        Some(FeedItem::Resync) => {}
+                        other => return other,
+                    }
+                }
+            };
+            let heard = tokio::time::timeout(Duration::from_secs(5), heard).await.expect("told in time");
+            assert_eq!(heard, Some(FeedItem::Personal(user(7), told)));
         }
     }
 

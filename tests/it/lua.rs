@@ -457,3 +457,29 @@ async fn forgotten_scripts_are_sent_again() {
     server.client().await.script_flush(false).await.expect("an answer");
     ledger.ask(event, Duration::ZERO).await.expect("an answer");
 }
+
+/// An abandonment or an adoption of an earlier presence touches nothing that a later one has seen, in whatever order
+/// they arrive.
+#[tokio::test]
+async fn presence_goes_by_generations() {
+    let on = Bench::new().await;
+    on.stock(&["1", "9", "9", "1"]).await;
+    let of_presence = ["lock-1", "7", "1", "1", "300000", "600000", "0", "0", "1", "", "2", ""];
+    assert_eq!(on.event("lock", &["lock-1", "lock-1", "rate"], &of_presence).await[0], "granted");
+    let deadline = async || on.event("locks", &[], &["7"]).await.pop().expect("its lock");
+    let full = deadline().await;
+    let abandon = async |generation: &str| on.event("abandon", &[], &["7", generation, "15000"]).await[1].clone();
+    let adopt = async |generation: &str| on.event("adopt", &[], &["7", generation]).await;
+    assert_eq!(abandon("1").await, "0", "by an earlier presence");
+    assert_eq!(abandon("2").await, "1", "by the presence that has it");
+    let short = deadline().await;
+    assert_ne!(short, full);
+    adopt("2").await;
+    assert_eq!(deadline().await, short, "not by the presence that left");
+    adopt("4").await;
+    assert_eq!(deadline().await, full);
+    assert_eq!(abandon("3").await, "0", "before the adoption, told after it");
+    assert_eq!(abandon("6").await, "1");
+    adopt("5").await;
+    assert_eq!(deadline().await, short, "before the abandonment, told after it");
+}
