@@ -1,7 +1,7 @@
 //! What was written into an index a moment ago and need not be written again.
 //!
-//! The indexes by which locks are found drop nothing that was written within a minute (`lua/plan.lua`, `lua/forget.lua`).
-//! So what this replica wrote a few seconds ago stands, and a script call is saved. Whoever doubts that Redis still has its
+//! The indexes by which locks are found drop nothing that was written within a minute, and the sweep looks again soon where
+//! something was written within half a minute (`lua/plan.lua`, `lua/forget.lua`). So what this replica wrote a few seconds ago stands, and a script call is saved. Whoever doubts that Redis still has its
 //! data forgets all of it.
 
 use std::collections::HashSet;

@@ -30,6 +30,10 @@ const LEASE: Duration = Duration::from_secs(5);
 const SWEEP_EVENTS_MAX: usize = 64;
 const CLAIM: Duration = Duration::from_secs(1);
 
+/// A lock that is due sooner is announced to the sweep by a touch of its own: twice the time between two looks that
+/// `lua/plan.lua` plans after a touch.
+const UNTOUCHED_DUE_MIN: Duration = Duration::from_secs(10);
+
 /// How many dead replicas one call reaps, how many users of each, and for how long other replicas leave them alone.
 const REAP_REPLICAS_MAX: usize = 4;
 const REAP_USERS_MAX: usize = 5000;
@@ -188,13 +192,13 @@ impl RedisLedger {
         )
     }
 
-    /// Makes sure that a sweep looks at an event in which a lock is asked for. A touch made before for a lock that has its
-    /// first due time as far ahead is as good: it is due earlier.
+    /// Makes sure that a sweep looks at an event in which a lock is asked for. A touch made a moment ago for a lock that has
+    /// its first due time as far ahead is as good: the sweep goes on looking every few seconds for a while.
     async fn touch_for_lock(&self, event: EventId, first_due: Duration) -> Result<(), LedgerError> {
         let touch = self.touch(event, first_due);
         match &self.touched {
-            Some(recent) => self.unless_recent(recent, (event, first_due), touch).await,
-            None => touch.await,
+            Some(recent) if first_due >= UNTOUCHED_DUE_MIN => self.unless_recent(recent, (event, first_due), touch).await,
+            Some(_) | None => touch.await,
         }
     }
 
