@@ -108,6 +108,10 @@ impl Orders {
     async fn insist(&self, pattern: &str, data: &Value, seen: impl Fn(Option<&Value>) -> Seen) -> Option<Value> {
         let end = Instant::now() + INSIST;
         while Instant::now() < end {
+            if self.channel.lock().unwrap().is_none() {
+                sleep(Duration::from_millis(100)).await;
+                continue;
+            }
             let span = super::log::now();
             let answer = self.call(pattern, data).await;
             self.log.end(span, seen(answer.as_ref()));
