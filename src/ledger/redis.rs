@@ -197,7 +197,9 @@ impl RedisLedger {
     async fn touch_for_lock(&self, event: EventId, first_due: Duration) -> Result<(), LedgerError> {
         let touch = self.touch(event, first_due);
         match &self.touched {
-            Some(recent) if first_due >= UNTOUCHED_DUE_MIN => self.unless_recent(recent, (event, first_due), touch).await,
+            Some(recent) if first_due >= UNTOUCHED_DUE_MIN => {
+                self.unless_recent(recent, (event, first_due), touch).await
+            }
             Some(_) | None => touch.await,
         }
     }
@@ -285,13 +287,13 @@ impl RedisLedger {
     async fn match_order(
         &self,
         order: &OrderId,
-        lock: LockId,
+        event: EventId,
         category: CategoryId,
         quantity: Quantity,
         user: UserId,
     ) -> Result<(), LedgerError> {
-        // By the order's own record; the part that matters is which lock it used.
-        let (order, event, lock) = (order.clone(), lock.event(), Some(lock));
+        // Known by its record: what is confirmed for it by name is its, of whichever lock the report spoke.
+        let (order, lock) = (order.clone(), None);
         let report = OrderReport { order, event, category, quantity, user, lock, result: OrderResult::Completed };
         self.count_order(&report, false).await.map(drop)
     }
@@ -538,7 +540,7 @@ impl Ledger for RedisLedger {
         self.visit(request.user, event).await?;
         let (outcome, reported) = reply::restore(&self.event(&script::RESTORE, event, keys, args).await?)?;
         if reported && let Some(order) = order {
-            self.match_order(order, memento.lock, memento.category, memento.quantity, request.user).await?;
+            self.match_order(order, event, memento.category, memento.quantity, request.user).await?;
         }
         Ok(outcome)
     }
@@ -556,7 +558,7 @@ impl Ledger for RedisLedger {
         let args = [lock.to_string(), text(user), text(order), ms(self.options.settle_timeout)];
         let (outcome, reported) = reply::confirm(&self.event(&script::CONFIRM, event, keys, args).await?)?;
         if reported && let (Some(order), Some(found)) = (order, self.find(lock).await?) {
-            self.match_order(order, lock, found.category, found.quantity, found.user).await?;
+            self.match_order(order, event, found.category, found.quantity, found.user).await?;
         }
         Ok(outcome)
     }

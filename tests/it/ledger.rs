@@ -524,6 +524,20 @@ on_both! {
         assert_eq!(on.counts(event(1), 1).await, (5, 0, 0));
     }
 
+    /// Two locks are confirmed for an order whose report speaks of a lock that nobody knows: both are the order's.
+    async fn a_report_of_an_unknown_lock_meets_all_that_was_confirmed_for_it(on: &Stepped) {
+        on.stock(event(1), &[(1, 9, 9)]).await;
+        let one = on.grant(event(1), 1, 7, 1).await;
+        on.ledger.confirm(one, None, Some(&order_id("5"))).await.unwrap();
+        let mut told = report(event(1), "5", 1, 7, 2, OrderResult::Completed);
+        told.lock = Some(LockId::generate(event(1)));
+        on.ledger.order(&told).await.unwrap();
+        assert_eq!(on.counts(event(1), 1).await, (6, 0, 3));
+        let other = on.grant(event(1), 1, 7, 1).await;
+        on.ledger.confirm(other, None, Some(&order_id("5"))).await.unwrap();
+        assert_eq!(on.counts(event(1), 1).await, (7, 0, 2));
+    }
+
     /// The report comes before the confirm of a lock that is not pinned: the confirm names the order and they meet.
     async fn a_confirm_after_the_report_meets_its_order(on: &Stepped) {
         on.stock(event(1), &[(1, 9, 9)]).await;

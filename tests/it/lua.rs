@@ -244,8 +244,9 @@ async fn fleet_replies(on: &Bench) {
     assert_eq!(looks_in().await, 40, "never later than what was touched since");
     on.alone("touch", &["due", "events"], &["1", "1000"]).await;
     assert_eq!(plan().await, ["planned", "100"], "touched since it was claimed");
-    let later = async || on.alone("plan", &["due", "events"], &["1", "540000", &due[2], "1000"]).await;
     on.pass(29_999).await;
+    let claimed = (on.now_ms.get() + 1000).to_string();
+    let later = async || on.alone("plan", &["due", "events"], &["1", "540000", &claimed, "1000"]).await;
     assert_eq!(later().await, ["planned", "5000"], "its touch may stand for other locks too");
     on.pass(1).await;
     assert_eq!(later().await, ["planned", "540000"]);
