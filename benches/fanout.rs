@@ -20,7 +20,7 @@ const BUYERS: usize = 128;
 /// The service's default.
 const TICK: Duration = Duration::from_millis(50);
 /// From the last answer to the last watcher: a room that is not right by then is not going to be.
-const SETTLE: Duration = Duration::from_secs(120);
+const SETTLE: Duration = Duration::from_mins(2);
 /// Connections that are being opened at once.
 const OPENING: usize = 64;
 
