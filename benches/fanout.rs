@@ -20,7 +20,7 @@ const BUYERS: usize = 128;
 /// The service's default.
 const TICK: Duration = Duration::from_millis(50);
 /// From the last answer to the last watcher: a room that is not right by then is not going to be.
-const SETTLE: Duration = Duration::from_secs(120);
+const SETTLE: Duration = Duration::from_mins(2);
 /// Connections that are being opened at once.
 const OPENING: usize = 64;
 
@@ -143,22 +143,25 @@ async fn watch(mut socket: Socket, at: usize, board: Shared) {
 /// Locks a ticket, or gives back the one it has, whenever it is told to.
 async fn buy(mut socket: Socket, mut orders: mpsc::Receiver<()>, board: Shared) {
     let mut lock: Option<String> = None;
+    let mut waiting = false;
     let failed = board.clone();
     let work = async move {
         loop {
             let mut answers = Vec::new();
             tokio::select! {
-                order = orders.recv() => {
+                order = orders.recv(), if !waiting => {
                     if order.is_none() { return Ok(()); }
                     let wanted = match &lock {
                         None => LOCK.to_owned(),
                         Some(id) => format!("42/realtime,7[\"unlock-tickets\",{{\"lockId\":\"{id}\"}}]"),
                     };
                     socket.send(&wanted).await?;
+                    waiting = true;
                 }
                 read = socket.read(|text| if text.starts_with("43/") { answers.push(text.to_owned()) }) => read?,
             }
             for answer in answers {
+                waiting = false;
                 let mut board = board.borrow_mut();
                 if !answer.contains("\"success\":true") {
                     board.refused.get_or_insert(answer);

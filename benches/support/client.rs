@@ -108,7 +108,7 @@ fn frame(text: &str) -> anyhow::Result<Vec<u8>> {
     match u8::try_from(text.len()) {
         Ok(len) if len < 126 => frame.push(0x80 | len),
         _ => {
-            frame.push(0x80 | 126);
+            frame.push(0xfe);
             frame.extend_from_slice(&u16::try_from(text.len()).context("a long message")?.to_be_bytes());
         }
     }

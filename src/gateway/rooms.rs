@@ -41,9 +41,12 @@ struct State {
 struct Members {
     sessions: HashMap<SessionId, Arc<Session>>,
     /// The same as a list, made when the room is told and somebody came or went.
-    list: Option<Arc<[Arc<Session>]>>,
+    list: Option<Crowd>,
     room: Arc<Room>,
 }
+
+/// Everybody in a room at one moment.
+type Crowd = Arc<[Arc<Session>]>;
 
 /// One event's local audience.
 #[derive(Debug)]
@@ -131,7 +134,7 @@ impl Rooms {
     }
 
     /// The room and everybody in it.
-    fn gather(&self, event: EventId) -> Option<(Arc<Room>, Arc<[Arc<Session>]>)> {
+    fn gather(&self, event: EventId) -> Option<(Arc<Room>, Crowd)> {
         let mut state = lock(&self.state);
         let members = state.rooms.get_mut(&event)?;
         let list = members.list.get_or_insert_with(|| members.sessions.values().cloned().collect());
@@ -213,7 +216,7 @@ impl Shared {
 struct Tour {
     shared: Arc<Shared>,
     room: Arc<Room>,
-    sessions: Arc<[Arc<Session>]>,
+    sessions: Crowd,
     /// The next one.
     at: usize,
     news: News,
