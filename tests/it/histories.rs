@@ -361,7 +361,7 @@ async fn apply(ledger: &dyn Ledger, made: &Made, now_ms: u64, step: &Step) -> Do
         }
         Step::Restore { known, event: e, category: c, user: u, quantity: q, kept, named, left_ms } => {
             let lock = LockId::from_random(event(e), made.tries << 64 | made.tries);
-            let order = |n: u8| Some(order_id(&n.to_string()));
+            let order = |name: u8| Some(order_id(&name.to_string()));
             let memento = Memento {
                 lock: known.map_or(lock, |nth| made.lock(nth)),
                 category: category(c),
@@ -372,7 +372,7 @@ async fn apply(ledger: &dyn Ledger, made: &Made, now_ms: u64, step: &Step) -> Do
                     0 | 1 => Kept::Attended,
                     2 => Kept::Pinned,
                     3 => Kept::Confirmed { order: None },
-                    n => Kept::Confirmed { order: order(n - 4) },
+                    other => Kept::Confirmed { order: order(other - 4) },
                 },
                 request: named.map(|name| format!("try-{name}").parse().expect("a request id")),
                 session: Some(session(u, 0)),

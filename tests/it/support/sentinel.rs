@@ -8,7 +8,7 @@ const NAME: &str = "seatlock";
 
 pub struct Sentinels {
     pub servers: Vec<Node>,
-    sentinels: Vec<Node>,
+    watchers: Vec<Node>,
     scheme: &'static str,
 }
 
@@ -34,9 +34,9 @@ impl Sentinels {
         for _ in 0..3 {
             sentinels.push(Node::sentinel(&configuration, more).await);
         }
-        let all = Self { servers, sentinels, scheme };
+        let all = Self { servers, watchers: sentinels, scheme };
         all.whole().await;
-        for sentinel in &all.sentinels {
+        for sentinel in &all.watchers {
             until("a sentinel knows the other two and both Redis replicas", Duration::from_secs(30), async || {
                 let said = sentinel.ask(&["SENTINEL", "master", NAME]).await;
                 field(&said, "num-other-sentinels") == "2" && field(&said, "num-slaves") == "2"
@@ -48,7 +48,7 @@ impl Sentinels {
 
     /// The address for the ledger.
     pub fn url(&self) -> String {
-        let [first, second, third] = [0, 1, 2].map(|index| self.sentinels[index].port);
+        let [first, second, third] = [0, 1, 2].map(|index| self.watchers[index].port);
         let scheme = self.scheme;
         format!(
             "{scheme}://127.0.0.1:{first}/?sentinelServiceName={NAME}&node=127.0.0.1:{second}&node=127.0.0.1:{third}"
@@ -58,7 +58,7 @@ impl Sentinels {
     /// Which server the sentinels call the master; `None` when they do not agree.
     pub async fn master(&self) -> Option<usize> {
         let mut named = Vec::new();
-        for sentinel in &self.sentinels {
+        for sentinel in &self.watchers {
             named.push(sentinel.ask(&["SENTINEL", "get-master-addr-by-name", NAME]).await);
         }
         named.dedup();
@@ -79,7 +79,7 @@ impl Sentinels {
 
     /// Makes the master step down.
     pub async fn fail_over(&self) {
-        assert_eq!(self.sentinels[0].ask(&["SENTINEL", "failover", NAME]).await, "OK");
+        assert_eq!(self.watchers[0].ask(&["SENTINEL", "failover", NAME]).await, "OK");
     }
 
     /// Starts a killed server as a Redis replica of the master that there is now.
