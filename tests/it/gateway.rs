@@ -694,7 +694,8 @@ async fn a_ledger_that_does_not_answer_costs_no_connection() {
         let begun = Instant::now();
         let answer = client.ask(name, &data).await;
         assert_eq!(answer["code"], "unavailable", "{name}: {answer}");
-        assert!(begun.elapsed() < Duration::from_secs(1), "{name}: {:?}", begun.elapsed());
+        // 0.7 s and what a busy machine adds.
+        assert!(begun.elapsed() < Duration::from_secs(3), "{name}: {:?}", begun.elapsed());
     }
     assert!(is_instant(&client.ask("heartbeat", &json!({})).await["timestamp"]));
     let mut late = replica.raw("").await;

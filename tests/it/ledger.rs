@@ -558,8 +558,10 @@ on_both! {
         assert_eq!(on.counts(event(1), 1).await, (5, 1, 3));
         on.ledger.confirm(lock, None, Some(&order_id("5"))).await.unwrap();
         assert_eq!(on.counts(event(1), 1).await, (6, 0, 3));
+        let other = on.grant(event(1), 1, 8, 4).await;
+        on.ledger.confirm(other, None, None).await.unwrap();
         on.stock(event(1), &[(1, 9, 6)]).await;
-        assert_eq!(on.counts(event(1), 1).await, (6, 0, 0));
+        assert_eq!(on.counts(event(1), 1).await, (2, 0, 4), "the other sale waits for its order");
     }
 
     /// A cancelled sale is told to the room, though the counts change only with the next stock.

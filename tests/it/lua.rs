@@ -489,3 +489,48 @@ async fn presence_goes_by_generations() {
     adopt("5").await;
     assert_eq!(deadline().await, short, "before the abandonment, told after it");
 }
+
+/// An order without a lock is all that an event has: it is not kept for ever.
+#[tokio::test]
+async fn an_order_without_a_lock_ends() {
+    let on = Bench::new().await;
+    on.stock(&["1", "9", "9", "1"]).await;
+    assert_eq!(on.order("A", "7", "2", "completed").await, ["noted"]);
+    on.every_key_ends().await;
+}
+
+/// Who locks for less than the warning is not warned: the horizon has passed that deadline already.
+#[tokio::test]
+async fn the_horizon_of_warnings_moves_on() {
+    let on = Bench::new().await;
+    on.stock(&["1", "9", "9", "1"]).await;
+    on.lock("lock-1", "7", "1", "1").await;
+    for _ in 0..2 {
+        on.pass(250_000).await;
+        assert_eq!(on.event("sweep", &[], &["60000"]).await[0], "swept");
+        let horizon: u64 = on.client.hget("counts", "warned_ms").await.expect("HGET answers");
+        assert_eq!(horizon, on.now_ms.get() + 60_000);
+        on.lock("lock-2", "8", "1", "1").await;
+    }
+}
+
+/// A sweep says when to come again: at the next warning, deadline, time limit of a sale or end of a tombstone.
+#[tokio::test]
+async fn a_sweep_says_when_to_come_again() {
+    let on = Bench::new().await;
+    let next = async || on.event("sweep", &[], &["60000"]).await[3].clone();
+    on.stock(&["1", "9", "9", "1"]).await;
+    assert_eq!(next().await, "-1");
+    on.lock("lock-1", "7", "1", "1").await;
+    assert_eq!(next().await, "240000", "its warning");
+    on.pass(240_000).await;
+    assert_eq!(next().await, "60000", "its deadline");
+    on.pass(10_000).await;
+    on.confirm("lock-1", "7", "").await;
+    on.lock("lock-2", "8", "1", "1").await;
+    assert_eq!(next().await, "30000", "the time limit of its order, before the other's warning");
+    on.order("A", "7", "1", "completed").await;
+    assert_eq!(next().await, "240000", "the other's warning");
+    on.pass(300_000).await;
+    assert_eq!(next().await, "600000", "the end of the other's tombstone");
+}

@@ -1,7 +1,7 @@
 //! One server that has keys: the only one, Sentinel's choice, or a master of a cluster.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use fred::clients::Client;
@@ -25,6 +25,8 @@ const DEAF_AFTER: Duration = Duration::from_millis(1500);
 /// How often a replica tells itself that its subscription is alive, and how long it believes so without hearing it.
 const PROBE_EVERY: Duration = Duration::from_millis(500);
 const PROBE_LOST_AFTER: Duration = Duration::from_millis(2500);
+/// The same when no probe can be sent either.
+const SILENT_AT_MOST: Duration = Duration::from_secs(10);
 
 /// How many channels are subscribed at once.
 const PORTION: usize = 500;
@@ -324,6 +326,29 @@ async fn watch_connection(
     }
 }
 
+/// Since something was heard from the subscription.
+struct Silence {
+    since: Instant,
+    /// When Redis took the first probe since then. One that still waits to be sent is no sign of silence: under a storm of
+    /// requests connecting anew, with thousands of channels, would make all of it worse.
+    probed: Option<Instant>,
+}
+
+impl Silence {
+    fn new() -> Self {
+        Self { since: Instant::now(), probed: None }
+    }
+
+    fn is_suspicious(&self) -> bool {
+        self.probed.is_some_and(|probed| probed.elapsed() > PROBE_LOST_AFTER) || self.since.elapsed() > SILENT_AT_MOST
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Nothing panics half-way through a change.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// The subscriber's life: connect, subscribe everything wanted after each (re)connection, hand messages on, and connect
 /// anew when the replica's own probe does not come back. Each master of a cluster has a probe of its own.
 async fn deliver(driver: Arc<Driver>, link: Arc<Link>) {
@@ -334,20 +359,21 @@ async fn deliver(driver: Arc<Driver>, link: Arc<Link>) {
     let mut tick = tokio::time::interval(PROBE_EVERY);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let probe = link.server.as_ref().map_or(driver.probe.clone(), |server| format!("{}:{server}", driver.probe));
-    let mut heard = Instant::now();
+    let silence = Arc::new(Mutex::new(Silence::new()));
     let mut subscribed = false;
     let mut gap = false;
     loop {
         tokio::select! {
             () = link.stop.cancelled() => return,
             message = messages.recv() => match message {
-                Ok(message) if *message.channel == *probe => heard = Instant::now(),
-                // A slot that has moved may leave a subscription behind.
-                Ok(message) if !link.has(&driver, &message.channel) => {}
                 Ok(message) => {
-                    let text = message.value.into_string().unwrap_or_default();
-                    let delivery = Delivery::Message { channel: message.channel.to_string(), text };
-                    gap |= driver.deliveries.try_send(delivery).is_err();
+                    *lock(&silence) = Silence::new();
+                    // A slot that has moved may leave a subscription behind.
+                    if *message.channel != *probe && link.has(&driver, &message.channel) {
+                        let text = message.value.into_string().unwrap_or_default();
+                        let delivery = Delivery::Message { channel: message.channel.to_string(), text };
+                        gap |= driver.deliveries.try_send(delivery).is_err();
+                    }
                 }
                 Err(RecvError::Lagged(missed)) => {
                     metrics::LEDGER_NOTICES_LOST.add(&[], missed);
@@ -361,7 +387,7 @@ async fn deliver(driver: Arc<Driver>, link: Arc<Link>) {
                 }
                 subscribed = link.resubscribe(&driver, &probe).await;
                 gap = true;
-                heard = Instant::now();
+                *lock(&silence) = Silence::new();
             }
             () = link.renew.notified() => {
                 subscribed = client.is_connected() && link.resubscribe(&driver, &probe).await;
@@ -371,17 +397,21 @@ async fn deliver(driver: Arc<Driver>, link: Arc<Link>) {
                 if !subscribed && client.is_connected() {
                     subscribed = link.resubscribe(&driver, &probe).await;
                     gap = true;
-                    heard = Instant::now();
-                } else if subscribed && heard.elapsed() > PROBE_LOST_AFTER {
+                    *lock(&silence) = Silence::new();
+                } else if subscribed && lock(&silence).is_suspicious() {
                     tracing::warn!("the subscription delivers nothing; connecting anew");
                     metrics::LEDGER_PROBES_LOST.count(&[]);
                     subscribed = false;
-                    heard = Instant::now();
+                    *lock(&silence) = Silence::new();
                     reconnect(client);
                 }
                 // In a task of its own: a Redis that does not answer must not keep this loop from delivering.
-                let (commands, probe) = (link.commands.clone(), probe.clone());
-                tokio::spawn(async move { commands.publish::<Reply, _, _>(probe, "").await.ok() });
+                let (commands, probe, silence) = (link.commands.clone(), probe.clone(), Arc::clone(&silence));
+                tokio::spawn(async move {
+                    if commands.publish::<Reply, _, _>(probe, "").await.is_ok() {
+                        lock(&silence).probed.get_or_insert_with(Instant::now);
+                    }
+                });
             }
         }
         if gap && driver.deliveries.try_send(Delivery::Gap).is_ok() {
