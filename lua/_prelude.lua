@@ -3,7 +3,8 @@
 -- KEYS[1..6] are the same in every script of an event; ARGV[1] is always the event's channel:
 --
 --   KEYS[1] counts     hash  <category> -> "stock total open active settling version"; and of the event:
---                            categories, counter, number, stored_ms, warned_ms, #expired, #confirmed, #released, #users
+--                            categories, counter, number, stored_ms, warned_ms, #expired, #confirmed, #released, #users,
+--                            #ends (what the next sweep is told of locks that reached their deadline)
 --   KEYS[2] deadlines  zset  active locks by deadline_ms; member "<lock>|<category>|<quantity>|<user>"
 --   KEYS[3] ended      zset  expired locks by deadline_ms, same members: tombstones
 --   KEYS[4] settling   zset  confirmed locks whose order is not reported, by settle deadline_ms, same members
@@ -11,23 +12,30 @@
 --   KEYS[6] holders    hash  <user>:<category> -> "lock quantity created_ms full_ms generation hold"
 --                            <user>~<category> -> "lock:quantity:order ..." confirmed, order not reported
 --                            <user>            -> "locks held": active locks; tickets held and confirmed
+--                            -                 -> "member deadline_ms ...": locks whose end is not in `ended` and in the
+--                                                 line above yet
 
 local clock = redis.call('TIME')
 local now_us = clock[1] * 1000000 + clock[2]
 local now = math.floor(now_us / 1000)
 
 -- An event's keys live this long after their last write: longer than any lock (24 h at most) and its answers.
-local KEEP_MS = 90000000
+local KEEP_MS = '90000000'
 -- How long an expired or released lock answers for itself.
 local TOMBSTONE_MS = 600000
 -- How long a confirmed lock and a reported order answer for themselves.
-local CONFIRMED_MS = 86400000
--- The most that one call ends, warns about or settles: about 10 ms of Redis. The rest is for the next call.
+local CONFIRMED_MS = '86400000'
+-- The most that one call ends, warns about or settles: about 3 ms of Redis. The rest is for the next call.
 local BATCH = 1000
+-- The most ends that one call writes down: about 2 ms of Redis.
+local BURY_MAX = 250
+-- What waits for a sweep to be told of ends, in bytes: some five thousand of them. Beyond it they are not told.
+local ENDS_MAX = 131072
 
--- Numbers above 10^14 lose digits in Lua's own conversion to text.
+-- Numbers go to Redis as text. Above 10^14 they lose digits in Lua's own conversion; that of redis.call writes seventeen
+-- digits of all of them, which takes as long as a read.
 local function int(number)
-  return string.format('%.0f', number)
+  return string.format('%d', number)
 end
 
 local function keep(...)
@@ -56,11 +64,9 @@ end
 -- `changes` is "" or " kind:quantity:user ...". On a cluster the line with ARGV[1] is made to say SPUBLISH.
 local function save(row, changes)
   row.version = math.max(row.version + 1, now_us)
-  local text = table.concat({
-    int(row.stock), int(row.total), row.open, int(row.active), int(row.settling), int(row.version),
-  }, ' ')
+  local text = string.format('%d %d %s %d %d %d', row.stock, row.total, row.open, row.active, row.settling, row.version)
   redis.call('HSET', KEYS[1], row.category, text)
-  redis.call('PUBLISH', ARGV[1], row.category .. ' ' .. text .. ' ' .. int(now) .. changes)
+  redis.call('PUBLISH', ARGV[1], string.format('%s %s %d%s', row.category, text, now, changes))
 end
 
 -- What could be locked now: the law of conservation.
@@ -81,10 +87,10 @@ local function hold(user, locks, tickets)
   if after_locks == 0 and after_tickets == 0 then
     redis.call('HDEL', KEYS[6], user)
   else
-    redis.call('HSET', KEYS[6], user, int(after_locks) .. ' ' .. int(after_tickets))
+    redis.call('HSET', KEYS[6], user, string.format('%d %d', after_locks, after_tickets))
   end
-  if tonumber(before_locks) == 0 and after_locks > 0 then redis.call('HINCRBY', KEYS[1], '#users', 1) end
-  if tonumber(before_locks) > 0 and after_locks == 0 then redis.call('HINCRBY', KEYS[1], '#users', -1) end
+  if tonumber(before_locks) == 0 and after_locks > 0 then redis.call('HINCRBY', KEYS[1], '#users', '1') end
+  if tonumber(before_locks) > 0 and after_locks == 0 then redis.call('HINCRBY', KEYS[1], '#users', '-1') end
   return tonumber(before_tickets)
 end
 
@@ -103,9 +109,8 @@ local function held_lock(user, category)
 end
 
 local function save_held(held)
-  redis.call('HSET', KEYS[6], held.user .. ':' .. held.category, table.concat({
-    held.lock, int(held.quantity), held.created, int(held.full), int(held.generation), held.state,
-  }, ' '))
+  redis.call('HSET', KEYS[6], held.user .. ':' .. held.category, string.format('%s %d %s %d %d %s', held.lock,
+    held.quantity, held.created, held.full, held.generation, held.state))
 end
 
 -- Writes down an active lock that `held` describes; its category is saved before, for the version.
@@ -118,29 +123,26 @@ local function write_lock(row, held, session)
   keep(KEYS[1], KEYS[2], KEYS[6], KEYS[7])
 end
 
--- Ends at most BATCH locks whose deadline has passed; returns how many. What is read or written of all of them is one
--- command each: a call out of Lua costs several times the work behind it.
-local function expire_due()
-  local due = redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', int(now), 'WITHSCORES', 'LIMIT', 0, BATCH)
-  local count = #due / 2
-  if count == 0 then return 0 end
-  local locks, fields, ended, told = {}, {}, {}, {}
-  for i = 1, count do
-    local member = due[2 * i - 1]
-    local lock, category, quantity, user = string.match(member, '^([^|]+)|(%d+)|(%d+)|(%d+)$')
-    locks[i] = { lock = lock, category = category, quantity = quantity, user = user }
+-- Writes down the end of expired locks, `text` is "lock|category|quantity|user deadline_ms " of each, and tells it to
+-- rooms and owners. Their tickets are free already; `rows` has counts that are changed and not saved. What is read or
+-- written of all locks is one command each: a call out of Lua costs several times the work behind it.
+local function bury_expired(text, rows)
+  local fields, told, ended, locks, ends = {}, {}, {}, {}, {}
+  for member, category, quantity, user, deadline in string.gmatch(text, '([^|]+|(%d+)|(%d+)|(%d+)) (%d+) ') do
+    local i = #locks + 1
+    locks[i], told[i] = { category = category, quantity = quantity, user = user }, member
+    ended[2 * i - 1], ended[2 * i] = deadline, member
     fields[2 * i - 1], fields[2 * i] = user .. ':' .. category, user
-    told[i] = lock .. ' ' .. category .. ' ' .. quantity .. ' ' .. user
-    ended[2 * i - 1], ended[2 * i] = due[2 * i], member
   end
-  local held, holders, rows = redis.call('HMGET', KEYS[6], unpack(fields)), {}, {}
+  local held, holders = redis.call('HMGET', KEYS[6], unpack(fields)), {}
   for i, lock in ipairs(locks) do
     local category, quantity, user = lock.category, lock.quantity, lock.user
     local reason = string.sub(held[2 * i - 1] or '', -9) == 'abandoned' and 'abandoned' or 'expired'
+    local created, deadline = string.match(held[2 * i - 1] or '', '^%S+ %d+ (%d+)'), tonumber(ended[2 * i - 1])
+    ends[i] = reason .. ':' .. int(deadline - (created or deadline)) .. ':' .. int(now - deadline)
     local row = rows[category] or load(category)
     if row then
       rows[category], row.changes = row, row.changes or {}
-      row.active = math.max(0, row.active - quantity)
       row.changes[#row.changes + 1] = ' ' .. reason .. ':' .. quantity .. ':' .. user
     end
     local holder = holders[user]
@@ -156,23 +158,70 @@ local function expire_due()
     if holder.active == 0 and holder.tickets == 0 then
       gone[#gone + 1] = user
     else
-      kept[#kept + 1], kept[#kept + 2] = user, int(holder.active) .. ' ' .. int(holder.tickets)
+      kept[#kept + 1], kept[#kept + 2] = user, string.format('%d %d', holder.active, holder.tickets)
     end
     if holder.before > 0 and holder.active == 0 then fewer = fewer + 1 end
   end
   if #gone > 0 then redis.call('HDEL', KEYS[6], unpack(gone)) end
   if #kept > 0 then redis.call('HSET', KEYS[6], unpack(kept)) end
-  redis.call('ZREMRANGEBYRANK', KEYS[2], 0, count - 1)
   redis.call('ZADD', KEYS[3], unpack(ended))
-  if fewer > 0 then redis.call('HINCRBY', KEYS[1], '#users', -fewer) end
-  redis.call('HINCRBY', KEYS[1], '#expired', count)
+  if fewer > 0 then redis.call('HINCRBY', KEYS[1], '#users', int(-fewer)) end
+  local untold = redis.call('HGET', KEYS[1], '#ends') or ''
+  if #untold < ENDS_MAX then redis.call('HSET', KEYS[1], '#ends', untold .. ' ' .. table.concat(ends, ' ')) end
   for _, row in pairs(rows) do
     save(row, table.concat(row.changes))
   end
   -- One message for all owners: a thousand would stand in the way of the rooms' news.
   redis.call('PUBLISH', 'seatlock:expired', table.concat(told, ' '))
   keep(KEYS[1], KEYS[3])
+end
+
+-- Ends at most BATCH locks whose deadline has passed; returns how many. Of more than BURY_MAX the tickets are given back
+-- and the rest is left for `catch_up`: rooms wait for the counts of those that are due next.
+local function expire_due()
+  local due = redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', int(now), 'WITHSCORES', 'LIMIT', '0', int(BATCH))
+  local count = #due / 2
+  if count == 0 then return 0 end
+  local rows = {}
+  for i = 1, 2 * count, 2 do
+    local category, quantity = string.match(due[i], '^[^|]+|(%d+)|(%d+)|')
+    local row = rows[category] or load(category)
+    if row then
+      rows[category] = row
+      row.active = math.max(0, row.active - quantity)
+    end
+  end
+  redis.call('ZREMRANGEBYRANK', KEYS[2], 0, count - 1)
+  redis.call('HINCRBY', KEYS[1], '#expired', int(count))
+  local text = table.concat(due, ' ') .. ' '
+  if count <= BURY_MAX then
+    bury_expired(text, rows)
+    return count
+  end
+  for _, row in pairs(rows) do
+    save(row, '')
+  end
+  redis.call('HSET', KEYS[6], '-', (redis.call('HGET', KEYS[6], '-') or '') .. text)
+  keep(KEYS[1], KEYS[6])
   return count
+end
+
+-- Writes down the end of at most BURY_MAX locks that `expire_due` left; returns whether there were any.
+local function catch_up()
+  local text = redis.call('HGET', KEYS[6], '-')
+  if not text then return false end
+  local count, rest = 0, nil
+  for after in string.gmatch(text, '%S+ %d+ ()') do
+    count, rest = count + 1, after
+    if count == BURY_MAX then break end
+  end
+  if rest > #text then
+    redis.call('HDEL', KEYS[6], '-')
+  else
+    redis.call('HSET', KEYS[6], '-', string.sub(text, rest))
+  end
+  bury_expired(string.sub(text, 1, rest - 1), {})
+  return true
 end
 
 -- The confirmed locks of a user and category whose order is not reported, oldest first.

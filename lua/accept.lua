@@ -21,7 +21,7 @@ local number = tonumber(ARGV[2])
 if number <= tonumber(redis.call('HGET', KEYS[1], 'number') or 0) then return {'older'} end
 
 local settled = {}
-for _, member in ipairs(redis.call('ZRANGEBYSCORE', KEYS[5], '-inf', '(' .. ARGV[2], 'LIMIT', 0, BATCH)) do
+for _, member in ipairs(redis.call('ZRANGEBYSCORE', KEYS[5], '-inf', '(' .. ARGV[2], 'LIMIT', '0', int(BATCH))) do
   local category, quantity = string.match(member, '^[^|]+|(%d+)|(%d+)|%d+$')
   settled[category] = (settled[category] or 0) + quantity
   redis.call('ZREM', KEYS[5], member)

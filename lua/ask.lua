@@ -17,7 +17,7 @@
 --
 -- COST O(log n + t) in confirmed locks and those that timed out (1,000 at most); 4 reads, 2 writes.
 
-local late = redis.call('ZRANGEBYSCORE', KEYS[4], '-inf', int(now), 'LIMIT', 0, BATCH)
+local late = redis.call('ZRANGEBYSCORE', KEYS[4], '-inf', int(now), 'LIMIT', '0', int(BATCH))
 for _, member in ipairs(late) do
   local lock, category, quantity, user = string.match(member, '^([^|]+)|(%d+)|(%d+)|(%d+)$')
   mark(lock, category, quantity, user)

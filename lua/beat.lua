@@ -23,17 +23,17 @@ local lease = tonumber(ARGV[2])
 local held = tonumber(redis.call('ZSCORE', KEYS[1], ARGV[1]) or 0) > now and 1 or 0
 local epoch = redis.call('GET', KEYS[5]) or ARGV[4]
 redis.call('SET', KEYS[5], epoch, 'PX', KEEP_MS)
-redis.call('ZREMRANGEBYSCORE', KEYS[3], '-inf', string.format('%.0f', now - KEEP_MS))
+redis.call('ZREMRANGEBYSCORE', KEYS[3], '-inf', string.format('%d', now - KEEP_MS))
 
 local function bury(replica)
   redis.call('ZREM', KEYS[1], replica)
   redis.call('HDEL', KEYS[2], replica)
-  redis.call('ZADD', KEYS[4], 'NX', string.format('%.0f', now), replica)
+  redis.call('ZADD', KEYS[4], 'NX', string.format('%d', now), replica)
   redis.call('PEXPIRE', KEYS[4], KEEP_MS)
 end
-for _, gone in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', string.format('%.0f', now))) do bury(gone) end
+for _, gone in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', string.format('%d', now))) do bury(gone) end
 if lease > 0 then
-  redis.call('ZADD', KEYS[1], string.format('%.0f', now + lease), ARGV[1])
+  redis.call('ZADD', KEYS[1], string.format('%d', now + lease), ARGV[1])
   redis.call('HSET', KEYS[2], ARGV[1], ARGV[3])
   redis.call('ZREM', KEYS[4], ARGV[1])
   redis.call('PEXPIRE', KEYS[1], KEEP_MS)

@@ -15,24 +15,28 @@
 -- ARGV[5] settle_ms   integer the order must be reported within this
 --
 -- RETURNS one of
---   {"confirmed"}
---   {"confirmed_reported"}   the order was reported before: count it again, now that its lock is known
---   {"already_confirmed"}    a repeat; nothing changed
+--   {"confirmed", held_ms}            held_ms: how long the lock was active
+--   {"confirmed_reported", held_ms}   the order was reported before: count it again, now that its lock is known
+--   {"already_confirmed"}    a repeat; an order that is not reported has settle_ms from now on
 --   {"other_order"} {"wrong_user"} {"expired"} {"released"} {"not_found"}   nothing changed
 --
 -- COST O(log n) in active locks of the event; 5 reads, 9 writes, 2 publishes.
 
 expire_due()
-local lock = redis.call('HMGET', KEYS[7], 'u', 'c', 'q', 'status', 'order')
+local lock = redis.call('HMGET', KEYS[7], 'u', 'c', 'q', 'status', 'order', 't')
 local user, category, quantity, status, order = lock[1], lock[2], lock[3], lock[4], lock[5]
 if not user then return {'not_found'} end
 if ARGV[3] ~= '' and ARGV[3] ~= user then return {'wrong_user'} end
+local member = member_of(ARGV[2], category, quantity, user)
 if status == 'confirmed' then
   if order and order ~= '' and ARGV[4] ~= '' and order ~= ARGV[4] then return {'other_order'} end
+  -- Whoever asks again is still at work on the order.
+  if redis.call('ZSCORE', KEYS[4], member) then
+    redis.call('ZADD', KEYS[4], int(now + ARGV[5]), member)
+  end
   return {'already_confirmed'}
 end
 if status == 'released' then return {'released'} end
-local member = member_of(ARGV[2], category, quantity, user)
 local deadline = redis.call('ZSCORE', KEYS[2], member)
 if not deadline or tonumber(deadline) <= now then return {'expired'} end
 local reported = ARGV[4] ~= '' and redis.call('EXISTS', KEYS[8]) == 1
@@ -43,7 +47,7 @@ settle(ARGV[2], category, quantity, user, ARGV[4], ARGV[5])
 hold(user, -1, 0)
 redis.call('HSET', KEYS[7], 'status', 'confirmed', 'order', ARGV[4], 'deadline_ms', deadline)
 redis.call('PEXPIRE', KEYS[7], CONFIRMED_MS)
-redis.call('HINCRBY', KEYS[1], '#confirmed', 1)
+redis.call('HINCRBY', KEYS[1], '#confirmed', '1')
 local row = load(category)
 if row then
   row.active = math.max(0, row.active - quantity)
@@ -52,4 +56,4 @@ if row then
 end
 tell(user, 'confirmed ' .. ARGV[2] .. (ARGV[4] == '' and '' or ' ' .. ARGV[4]))
 keep(KEYS[1], KEYS[4], KEYS[6])
-return {reported and 'confirmed_reported' or 'confirmed'}
+return {reported and 'confirmed_reported' or 'confirmed', now - lock[6]}

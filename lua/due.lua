@@ -15,8 +15,8 @@
 
 local clock = redis.call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
-local claimed = string.format('%.0f', now + ARGV[2])
-local events = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', string.format('%.0f', now), 'LIMIT', 0, ARGV[1])
+local claimed = string.format('%d', now + ARGV[2])
+local events = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', string.format('%d', now), 'LIMIT', '0', ARGV[1])
 for _, event in ipairs(events) do redis.call('ZADD', KEYS[1], claimed, event) end
 local first = redis.call('ZRANGE', KEYS[1], 0, 0, 'WITHSCORES')
 local reply = {'due', first[2] and math.max(0, first[2] - now) or -1, tonumber(claimed)}

@@ -11,7 +11,7 @@
 
 local clock = redis.call('TIME')
 local now_us = clock[1] * 1000000 + clock[2]
-local generation = string.format('%.0f', math.max(tonumber(redis.call('HGET', KEYS[1], '#') or 0) + 1, now_us))
+local generation = string.format('%d', math.max(tonumber(redis.call('HGET', KEYS[1], '#') or 0) + 1, now_us))
 redis.call('HSET', KEYS[1], ARGV[1], ARGV[2] .. ' ' .. generation, '#', generation)
 redis.call('PEXPIRE', KEYS[1], 604800000)
 return {'entered', generation}

@@ -9,6 +9,6 @@
 -- COST O(log u) in the replica's users; 2 writes.
 
 local clock = redis.call('TIME')
-redis.call('ZADD', KEYS[1], string.format('%.0f', clock[1] * 1000000 + clock[2]), ARGV[1])
+redis.call('ZADD', KEYS[1], string.format('%d', clock[1] * 1000000 + clock[2]), ARGV[1])
 redis.call('PEXPIRE', KEYS[1], 604800000)
 return {'hosted'}

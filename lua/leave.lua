@@ -29,7 +29,7 @@ for i = 1, #sessions, 2 do
     end
   end
 end
-local generation = string.format('%.0f', math.max(last + 1, now_us))
+local generation = string.format('%d', math.max(last + 1, now_us))
 redis.call('HSET', KEYS[1], '#', generation)
 redis.call('PEXPIRE', KEYS[1], remaining > 0 and 604800000 or 90000000)
-return {'left', generation, remaining, here, string.format('%.0f', now_us)}
+return {'left', generation, remaining, here, string.format('%d', now_us)}

@@ -62,7 +62,7 @@ if interval > 0 then
   local arrival = math.max(tonumber(redis.call('GET', KEYS[9]) or 0), now_us) + interval
   local early = arrival - now_us - interval * ARGV[10]
   if early > 0 then return {'rate_limited', early} end
-  redis.call('SET', KEYS[9], int(arrival), 'PX', math.ceil((arrival - now_us) / 1000))
+  redis.call('SET', KEYS[9], int(arrival), 'PX', int(math.ceil((arrival - now_us) / 1000)))
 end
 
 if not row then return {'category_not_found'} end
@@ -75,7 +75,7 @@ local function held_tickets()
 end
 local held_max = tonumber(ARGV[8])
 if held_max > 0 then
-  while held_tickets() + quantity > held_max and expire_due() > 0 do row = load(category) end
+  while held_tickets() + quantity > held_max and (expire_due() > 0 or catch_up()) do row = load(category) end
   if held_tickets() + quantity > held_max then return {'limit_exceeded', held_tickets()} end
 end
 while available(row) < quantity and expire_due() > 0 do row = load(category) end

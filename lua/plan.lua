@@ -33,5 +33,5 @@ if now - touched < 30000 then wait = math.min(wait, 5000) end
 if touched >= ARGV[3] - ARGV[4] then wait = math.min(wait, 100) end
 local score = redis.call('ZSCORE', KEYS[1], ARGV[1])
 local mode = score and tonumber(score) == tonumber(ARGV[3]) and 'CH' or 'LT'
-redis.call('ZADD', KEYS[1], mode, string.format('%.0f', now + wait), ARGV[1])
+redis.call('ZADD', KEYS[1], mode, string.format('%d', now + wait), ARGV[1])
 return {'planned', wait}

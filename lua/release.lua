@@ -14,7 +14,7 @@
 -- ARGV[5] session    text    the owner's socket that has its own answer; "" when none
 --
 -- RETURNS one of
---   {"released", user, category, quantity, created_ms, deadline_ms, session, order}
+--   {"released", user, category, quantity, created_ms, deadline_ms, session, order, held_ms}   held_ms: how long it was active, -1 when it had been confirmed
 --   {"already_released", user, category, quantity, created_ms, deadline_ms, session, order}   by the same releaser; nothing changed
 --   {"released_by_other"} {"confirmed"} {"wrong_user"} {"expired"} {"not_found"}        nothing changed
 --
@@ -30,28 +30,29 @@ if status == 'released' then
   return {'already_released', user, category, quantity, lock[5], lock[6], lock[7], lock[9] or ''}
 end
 local member = member_of(ARGV[2], category, quantity, user)
-local deadline = lock[6]
+local deadline, held = lock[6], -1
 local row = load(category)
 
 if status == 'confirmed' then
   if ARGV[3] == 'owner' or not redis.call('ZSCORE', KEYS[4], member) then return {'confirmed'} end
   redis.call('ZREM', KEYS[4], member)
   stop_waiting(user, category, ARGV[2])
-  redis.call('HINCRBY', KEYS[1], '#confirmed', -1)
+  redis.call('HINCRBY', KEYS[1], '#confirmed', '-1')
   hold(user, 0, -quantity)
   if row then row.settling = math.max(0, row.settling - quantity) end
 else
   deadline = redis.call('ZSCORE', KEYS[2], member)
   if not deadline or tonumber(deadline) <= now then return {'expired'} end
+  held = now - lock[5]
   redis.call('ZREM', KEYS[2], member)
   redis.call('HDEL', KEYS[6], user .. ':' .. category)
   hold(user, -1, -quantity)
   if row then row.active = math.max(0, row.active - quantity) end
 end
-redis.call('HINCRBY', KEYS[1], '#released', 1)
+redis.call('HINCRBY', KEYS[1], '#released', '1')
 redis.call('HSET', KEYS[7], 'status', 'released', 'releaser', ARGV[3], 'deadline_ms', deadline)
-redis.call('PEXPIRE', KEYS[7], TOMBSTONE_MS)
+redis.call('PEXPIRE', KEYS[7], int(TOMBSTONE_MS))
 if row then save(row, ' released:' .. quantity .. ':' .. user) end
 tell(user, 'released ' .. ARGV[2] .. ' ' .. category .. ' ' .. quantity .. ' released ' .. (ARGV[5] == '' and '-' or ARGV[5]))
 keep(KEYS[1])
-return {'released', user, category, quantity, lock[5], deadline, lock[7], lock[9] or ''}
+return {'released', user, category, quantity, lock[5], deadline, lock[7], lock[9] or '', held}

@@ -50,7 +50,7 @@ if state == 'confirmed' then
   save(row, '')
   settle(id, category, quantity, user, ARGV[12], ARGV[13])
   hold(user, 0, quantity)
-  redis.call('HINCRBY', KEYS[1], '#confirmed', 1)
+  redis.call('HINCRBY', KEYS[1], '#confirmed', '1')
   redis.call('HSET', KEYS[7], 'u', user, 'c', category, 'q', ARGV[5], 't', ARGV[6], 'v', int(row.version), 's', ARGV[9],
     'status', 'confirmed', 'order', ARGV[12], 'deadline_ms', ARGV[7])
   redis.call('PEXPIRE', KEYS[7], CONFIRMED_MS)

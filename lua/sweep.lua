@@ -10,19 +10,25 @@
 -- ARGV[2] warning_ms  integer how long before its deadline a lock's owner is warned
 --
 -- RETURNS
---   {"swept", expired, refresh, next_ms, {member, ...}}
---     expired: locks ended; refresh: 1 when something waits for a snapshot; next_ms: until something is due, -1 when
---     nothing ever is; members of `ended` whose tombstone is old enough to be buried
+--   {"swept", expired, left, refresh, next_ms, ends, {member, ...}}
+--     expired: locks ended; left: 1 when the end of some is still to be written down; refresh: 1 when something waits
+--     for a snapshot; next_ms: until something is due, -1 when nothing ever is; ends: " reason:held_ms:late_ms ..." of
+--     every lock whose end any script wrote down since the last sweep, told once; members of `ended` whose tombstone is
+--     old enough to be buried
 --
--- COST O(log n + d) in active locks and what is due (1,000 of each kind at most); 5 reads and a few writes a due lock.
+-- COST O(log n + d) in active locks and what is due (1,000 of each kind at most); 6 reads and a few writes a due lock.
 
 local expired = expire_due()
+if expired == 0 then catch_up() end
+local left = redis.call('HEXISTS', KEYS[6], '-')
+local ends = redis.call('HGET', KEYS[1], '#ends')
+if ends then redis.call('HDEL', KEYS[1], '#ends') end
 
 -- Each lock is warned about once: when the horizon, which only moves on, passes its deadline.
 local warning = tonumber(ARGV[2])
 local warned = tonumber(redis.call('HGET', KEYS[1], 'warned_ms') or 0)
-local near = redis.call('ZRANGEBYSCORE', KEYS[2], '(' .. int(math.max(warned, now)), int(now + warning), 'WITHSCORES', 'LIMIT', 0,
-  BATCH)
+local near = redis.call('ZRANGEBYSCORE', KEYS[2], '(' .. int(math.max(warned, now)), int(now + warning), 'WITHSCORES', 'LIMIT', '0',
+  int(BATCH))
 for i = 1, #near, 2 do
   local lock, user = string.match(near[i], '^([^|]+)|%d+|%d+|(%d+)$')
   warned = tonumber(near[i + 1])
@@ -31,11 +37,11 @@ end
 if #near < 2 * BATCH then warned = math.max(warned, now + warning) end
 
 local function head(key, from, shift)
-  local first = redis.call('ZRANGEBYSCORE', key, from, '+inf', 'WITHSCORES', 'LIMIT', 0, 1)
+  local first = redis.call('ZRANGEBYSCORE', key, from, '+inf', 'WITHSCORES', 'LIMIT', '0', '1')
   return first[2] and math.max(0, first[2] + shift - now)
 end
-local old = redis.call('ZRANGEBYSCORE', KEYS[3], '-inf', int(now - TOMBSTONE_MS), 'LIMIT', 0, BATCH)
-local next_ms = -1
+local old = redis.call('ZRANGEBYSCORE', KEYS[3], '-inf', int(now - TOMBSTONE_MS), 'LIMIT', '0', int(BATCH))
+local next_ms = left == 1 and 0 or -1
 for _, due in pairs({
   a = head(KEYS[2], '-inf', 0), b = head(KEYS[2], '(' .. int(warned), -warning), c = head(KEYS[4], '-inf', 0),
   d = head(KEYS[3], '-inf', TOMBSTONE_MS),
@@ -48,4 +54,4 @@ if redis.call('EXISTS', KEYS[2]) == 1 then
 end
 local late = redis.call('ZCOUNT', KEYS[4], '-inf', int(now))
 local refresh = (late > 0 or redis.call('EXISTS', KEYS[5]) == 1) and 1 or 0
-return {'swept', expired, refresh, next_ms, old}
+return {'swept', expired, left, refresh, next_ms, ends or '', old}

@@ -12,6 +12,6 @@
 
 local clock = redis.call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
-redis.call('ZADD', KEYS[1], 'LT', string.format('%.0f', now + ARGV[2]), ARGV[1])
-redis.call('ZADD', KEYS[2], string.format('%.0f', now), ARGV[1])
+redis.call('ZADD', KEYS[1], 'LT', string.format('%d', now + ARGV[2]), ARGV[1])
+redis.call('ZADD', KEYS[2], string.format('%d', now), ARGV[1])
 return {'touched'}

@@ -11,7 +11,7 @@
 
 local EVENTS_MAX = 1000
 local clock = redis.call('TIME')
-redis.call('HSET', KEYS[1], 'e:' .. ARGV[1], string.format('%.0f', clock[1] * 1000 + math.floor(clock[2] / 1000)))
+redis.call('HSET', KEYS[1], 'e:' .. ARGV[1], string.format('%d', clock[1] * 1000 + math.floor(clock[2] / 1000)))
 if redis.call('PTTL', KEYS[1]) < 90000000 then redis.call('PEXPIRE', KEYS[1], 90000000) end
 if redis.call('HLEN', KEYS[1]) > EVENTS_MAX + 100 then
   local all, tries = redis.call('HGETALL', KEYS[1]), {}

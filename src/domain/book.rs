@@ -431,17 +431,22 @@ impl Book {
         if user.is_some_and(|user| user != record.user) {
             return ConfirmOutcome::WrongUser;
         }
-        match &record.state {
+        let until = now.after(self.settle_timeout);
+        match &mut record.state {
             State::Active(_) => {}
             State::Confirmed(_) if matches!((&record.order, order), (Some(known), Some(order)) if known != order) => {
                 return ConfirmOutcome::OtherOrder;
+            }
+            // Whoever asks again is still at work on the order.
+            State::Confirmed(Settlement::Waiting(end)) => {
+                *end = until;
+                return ConfirmOutcome::AlreadyConfirmed;
             }
             State::Confirmed(_) => return ConfirmOutcome::AlreadyConfirmed,
             State::Released { .. } => return ConfirmOutcome::Released,
             State::Expired => return ConfirmOutcome::Expired,
         }
-        let settlement = Settlement::Waiting(now.after(self.settle_timeout));
-        record.state = State::Confirmed(settlement);
+        record.state = State::Confirmed(Settlement::Waiting(until));
         record.order = order.cloned();
         record.forget_at = Some(now.after(CONFIRMED_TOMBSTONE));
         let (user, category, quantity) = (record.user, record.category, record.quantity.wide());
@@ -633,7 +638,7 @@ impl Book {
                     OrderRecord { result: OrderResult::Completed, category, user, matched, unmatched, forget_at };
                 self.orders.insert(report.order.clone(), record);
                 if unmatched > 0 && self.rows.contains_key(&report.category) {
-                    let mark = self.mark_number();
+                    let mark = self.counter;
                     let loose = Loose { category: report.category, quantity: unmatched, mark };
                     self.loose.insert(report.order.clone(), loose);
                     self.change(now, report.category, out, &[], |row| row.settling += unmatched);
@@ -944,7 +949,8 @@ impl Book {
 
     /// Marks a waiting lock as sold now; how many tickets it holds.
     fn mark(&mut self, id: LockId) -> u64 {
-        let number = self.mark_number();
+        // That of the last question: a later one shows what is sold now.
+        let number = self.counter;
         self.waiting.retain(|waiting| *waiting != id);
         let Some(record) = self.locks.get_mut(&id) else {
             return 0;
@@ -953,11 +959,6 @@ impl Book {
             *settlement = Settlement::Marked(number);
         }
         record.quantity.wide()
-    }
-
-    /// The number of the last question: a later one shows what is sold now.
-    fn mark_number(&self) -> u64 {
-        self.counter
     }
 
     fn has_marks(&self) -> bool {

@@ -1,5 +1,7 @@
 //! The lock: the record that keeps tickets for a user until its deadline.
 
+use std::time::Duration;
+
 use super::{CategoryId, EventId, LockId, OrderId, Quantity, SessionId, UserId};
 
 /// A reading of the ledger's clock, milliseconds since 1970-01-01 UTC.
@@ -73,6 +75,43 @@ impl ReleaseReason {
             Self::Cancelled => "cancelled",
         }
     }
+}
+
+/// How a lock stopped being active. It does so once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum EndReason {
+    /// It became a sale.
+    Confirmed,
+    /// The owner or the orders-service gave it back.
+    Released,
+    /// Its deadline passed.
+    Expired,
+    /// The owner had disconnected and the grace passed.
+    Abandoned,
+}
+
+impl EndReason {
+    /// The metric label, and the scripts' word.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Confirmed => "confirmed",
+            Self::Released => "released",
+            Self::Expired => "expired",
+            Self::Abandoned => "abandoned",
+        }
+    }
+}
+
+/// The end of an active lock, for the statistics.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct End {
+    /// How.
+    pub reason: EndReason,
+    /// For how long it was active; of one that reached its deadline, until that.
+    pub held: Duration,
+    /// How long after its deadline it was ended; `None` where it did not reach it.
+    pub late: Option<Duration>,
 }
 
 /// A lock as the ledger knows it.

@@ -14,7 +14,7 @@ mod quantity;
 pub use availability::{Availability, Status};
 pub use book::{Book, BookStats, BookSweep, CONFIRMED_TOMBSTONE, Now, TOMBSTONE, whole_ms};
 pub use id::{CategoryId, EventId, IdError, LockId, OrderId, ReplicaId, RequestId, SessionId, UserId};
-pub use lock::{Instant, Lock, LockStatus, ReleaseReason};
+pub use lock::{End, EndReason, Instant, Lock, LockStatus, ReleaseReason};
 pub use notice::{Announcement, Change, ChangeKind, Notice};
 pub use outcome::{
     AcceptOutcome, AskOutcome, CategoryStock, ConfirmOutcome, FleetStats, Grant, Kept, LockOutcome, LockRequest,

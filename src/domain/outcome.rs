@@ -239,6 +239,18 @@ pub enum ValidateOutcome {
     Expired,
 }
 
+impl ValidateOutcome {
+    /// The metric label.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Valid { .. } => "valid",
+            Self::NotFound => "not_found",
+            Self::Expired => "expired",
+        }
+    }
+}
+
 /// The answer to a confirm.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ConfirmOutcome {
@@ -256,6 +268,22 @@ pub enum ConfirmOutcome {
     Released,
     /// Never existed, or ended longer ago than tombstones live.
     NotFound,
+}
+
+impl ConfirmOutcome {
+    /// The metric label.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Confirmed => "confirmed",
+            Self::AlreadyConfirmed => "already_confirmed",
+            Self::OtherOrder => "other_order",
+            Self::WrongUser => "wrong_user",
+            Self::Expired => "expired",
+            Self::Released => "released",
+            Self::NotFound => "not_found",
+        }
+    }
 }
 
 /// Who gives a lock back. They have different rights, and a repeat is told apart from somebody else's release.
@@ -292,6 +320,22 @@ pub enum ReleaseOutcome {
     Expired,
     /// Never existed, or ended longer ago than tombstones live.
     NotFound,
+}
+
+impl ReleaseOutcome {
+    /// The metric label.
+    #[must_use]
+    pub const fn as_str(&self) -> &'static str {
+        match self {
+            Self::Released(_) => "released",
+            Self::AlreadyReleased(_) => "already_released",
+            Self::ReleasedByOther => "released_by_other",
+            Self::Confirmed => "confirmed",
+            Self::WrongUser => "wrong_user",
+            Self::Expired => "expired",
+            Self::NotFound => "not_found",
+        }
+    }
 }
 
 /// One category in a stock snapshot.
@@ -371,6 +415,17 @@ pub enum OrderResult {
     Cancelled,
 }
 
+impl OrderResult {
+    /// The metric label.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Completed => "completed",
+            Self::Cancelled => "cancelled",
+        }
+    }
+}
+
 /// The answer to an [`OrderReport`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum OrderOutcome {
@@ -380,6 +435,18 @@ pub enum OrderOutcome {
     Repeated,
     /// A cancelled order was reported complete afterwards (reordered messages): nothing changed.
     AfterCancel,
+}
+
+impl OrderOutcome {
+    /// The metric label.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Noted => "noted",
+            Self::Repeated => "repeated",
+            Self::AfterCancel => "after_cancel",
+        }
+    }
 }
 
 /// A message for every socket of one user, wherever they are.

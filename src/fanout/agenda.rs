@@ -36,6 +36,11 @@ impl<K: Copy + Ord + Hash> Agenda<K> {
         self.by_time.first().map(|&(at, _)| at)
     }
 
+    /// What is due next.
+    pub(super) fn first(&self) -> Option<K> {
+        self.by_time.first().map(|&(_, key)| key)
+    }
+
     /// Takes what is due first, if it is due by `now`.
     pub(super) fn take(&mut self, now: Instant) -> Option<K> {
         let &(at, key) = self.by_time.first().filter(|(at, _)| *at <= now)?;

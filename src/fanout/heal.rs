@@ -55,6 +55,7 @@ impl Shared {
         match self.read(event).await {
             Ok(read) => {
                 let Some(slot) = self.events.find(event) else { return };
+                self.weigh(event, &read);
                 let healed = lock(&slot.value.board).heal(&read);
                 if healed > 0 {
                     metrics::FANOUT_HEALED.add(&[], healed);
@@ -70,6 +71,19 @@ impl Shared {
                 self.reading.notify_one();
             }
         }
+    }
+
+    /// Notes of how many categories of an event more tickets are in hands than exist.
+    fn weigh(&self, event: EventId, read: &[Availability]) {
+        let mut oversold = lock(&self.oversold);
+        oversold.retain(|&other, _| other != event && self.events.find(other).is_some());
+        let here = read.iter().filter(|counts| counts.active + counts.settling > counts.total).count();
+        if here > 0 {
+            tracing::error!(%event, categories = here, "more tickets are active and settling than exist");
+            oversold.insert(event, here);
+        }
+        let all: usize = oversold.values().sum();
+        metrics::FANOUT_OVERSOLD.set(&[], u32::try_from(all).map_or(f64::MAX, f64::from));
     }
 
     /// The counts as the ledger has them. When it has none (its data was lost), as the source of stock gives them.

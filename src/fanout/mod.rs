@@ -12,7 +12,7 @@ mod pump;
 mod standing;
 mod tick;
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -43,10 +43,20 @@ pub trait Audience: Send + Sync + 'static {
     fn missed(&self) {}
 }
 
-/// A room that is being told its news.
+/// A room that is being told its news, one socket after the other.
 pub trait Telling: Send {
     /// Tells some of it, for about a millisecond; false when all are told.
     fn go_on(&mut self) -> bool;
+
+    /// Whether later news of the event can join in while these are told.
+    fn is_open(&self) -> bool;
+
+    /// Later news of the event: from here on everybody is told them too, and at last, from the first one on, those who
+    /// have been told the former. So nobody waits longer than once round, however the news come.
+    fn join_in(&mut self, news: News);
+
+    /// How many times round it has gone.
+    fn laps(&self) -> f64;
 }
 
 /// What a room is told at once.
@@ -59,6 +69,25 @@ pub struct News {
     /// What others did in the event since the last time, for everyone but those who did it.
     pub summaries: Vec<Summary>,
 }
+
+impl News {
+    /// What somebody is told who is told these and later ones of the same event at once.
+    #[must_use]
+    pub fn and(&self, later: &Self) -> Self {
+        let changed = self.changed.iter().chain(&later.changed).map(|counts| (counts.category, *counts));
+        let changed: BTreeMap<CategoryId, Availability> = changed.collect();
+        let mut sums = Sums::default();
+        for summary in self.summaries.iter().chain(&later.summaries) {
+            for &(user, amount) in &summary.by_user {
+                *sums.entry((summary.category, summary.kind)).or_default().entry(user).or_default() += amount;
+            }
+        }
+        Self { event: self.event, changed: changed.into_values().collect(), summaries: tick::summaries(sums) }
+    }
+}
+
+/// How many tickets of a category were moved in one way, by user.
+type Sums = HashMap<(CategoryId, ChangeKind), BTreeMap<UserId, u64>>;
 
 /// Lock changes of one kind in one category, summed over a tick.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -122,6 +151,9 @@ struct Shared {
     /// When watched events are read again.
     readings: Mutex<Agenda<EventId>>,
     reading: Notify,
+    /// Watched events in which more tickets are active and settling than exist: of how many categories. None, if the
+    /// ledger keeps its law.
+    oversold: Mutex<HashMap<EventId, usize>>,
 }
 
 /// What is known of a watched event.
@@ -184,6 +216,7 @@ impl Fanout {
             touch: Notify::new(),
             readings: Mutex::default(),
             reading: Notify::new(),
+            oversold: Mutex::default(),
         });
         tasks.spawn(pump::run(Arc::clone(&shared), audience, feed, stop.clone()));
         tasks.spawn(heal::run(Arc::clone(&shared), stop));

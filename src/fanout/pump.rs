@@ -5,12 +5,12 @@ use std::time::Duration;
 
 use tokio::sync::mpsc;
 use tokio::task::yield_now;
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, sleep_until, timeout_at};
 use tokio_util::sync::CancellationToken;
 
-use super::tick::Pulse;
-use super::{Audience, News, Shared, Telling, lock};
-use crate::domain::EventId;
+use super::tick::{Pulse, pause_after};
+use super::{Audience, News, Shared, lock};
+use crate::domain::{ChangeKind, EventId};
 use crate::ledger::{FeedItem, Notice};
 use crate::metrics;
 
@@ -18,6 +18,10 @@ use crate::metrics;
 const BATCH_LEN: usize = 256;
 /// After a gap in the feed every watched event is read within this time: soon, but not all in one instant.
 const RESYNC_SPREAD: Duration = Duration::from_millis(500);
+/// Rooms are told for so long before there is a pause, if a round does not end sooner.
+const STRETCH_MAX: Duration = Duration::from_millis(100);
+/// After so long nothing joins in any more: the round ends, and what was touched meanwhile has its turn.
+const ROUND_MAX: Duration = Duration::from_secs(1);
 
 /// Takes notices and tells rooms, until `stop`.
 pub(super) async fn run(
@@ -98,10 +102,16 @@ impl Pump {
             metrics::FANOUT_NOTICES.count(&["unwatched"]);
             return;
         };
+        if is_overgrant(notice) {
+            metrics::FANOUT_OVERGRANTS.count(&[]);
+            tracing::error!(%event, availability = ?notice.availability, "a grant of tickets that were not free");
+        }
         let mut board = lock(&slot.value.board);
         if board.take(notice) {
             metrics::FANOUT_NOTICES.count(&["news"]);
-            self.pulse.plan(event, board.ready_at(Instant::now()));
+            let now = Instant::now();
+            board.wait_since(now);
+            self.pulse.plan(event, board.ready_at(now));
         } else {
             metrics::FANOUT_NOTICES.count(&["stale"]);
         }
@@ -118,45 +128,96 @@ impl Pump {
         }
     }
 
-    /// Tells every room that is due. Between two portions of a room others have their turn, personal messages first.
+    /// Tells every room that is due. Between two portions of a room others have their turn, personal messages first. What
+    /// becomes due of the same room meanwhile joins in.
     async fn round(&mut self) {
         let now = Instant::now();
-        let strained = self.pulse.strained();
-        let mut took = Duration::ZERO;
-        let mut rooms = 0_u64;
+        let (mut lap, mut took, mut rooms) = (Duration::ZERO, Duration::ZERO, 0_u64);
         while let Some(event) = self.pulse.take(now) {
+            let mut room_took = Duration::ZERO;
+            let mut laps = 1.0_f64;
             let mut begun = std::time::Instant::now();
-            if let Some(mut telling) = self.gather(event, now, strained) {
-                while telling.go_on() {
-                    took += begun.elapsed();
-                    self.drain();
-                    yield_now().await;
-                    begun = std::time::Instant::now();
+            let mut telling = self.emit(event, now, |news| self.audience.gather(news)).flatten();
+            loop {
+                let goes_on = telling.as_mut().is_some_and(|telling| telling.go_on());
+                room_took += begun.elapsed();
+                took += begun.elapsed();
+                self.drain();
+                yield_now().await;
+                let Some(telling) = telling.as_mut().filter(|_| goes_on) else { break };
+                laps = laps.max(telling.laps());
+                if took >= STRETCH_MAX {
+                    self.breathe(pause_after(std::mem::take(&mut took))).await;
+                }
+                begun = std::time::Instant::now();
+                if room_took < ROUND_MAX && telling.is_open() {
+                    let now = Instant::now();
+                    if self.pulse.take_again(event, now) {
+                        self.emit(event, now, |news| telling.join_in(news));
+                    }
                 }
             }
-            took += begun.elapsed();
+            lap += room_took.div_f64(laps);
             rooms += 1;
-            self.drain();
-            yield_now().await;
         }
+        metrics::LEDGER_FEED_LEN.set(&[], u32::try_from(self.feed.len()).map_or(f64::MAX, f64::from));
         if rooms > 0 {
-            metrics::FANOUT_ROUND_SECONDS.observe(&[], took);
-            self.pulse.rest(Instant::now(), took);
+            metrics::FANOUT_ROUND_SECONDS.observe(&[], lap);
+            self.pulse.rest(Instant::now(), lap, took);
         }
     }
 
-    fn gather(&self, event: EventId, now: Instant, strained: bool) -> Option<Box<dyn Telling>> {
+    /// A pause in the midst of a room, in which notices are taken.
+    async fn breathe(&mut self, pause: Duration) {
+        let end = Instant::now() + pause;
+        while let Ok(Some(item)) = timeout_at(end, self.feed.recv()).await {
+            self.take(item);
+        }
+        sleep_until(end).await;
+    }
+
+    /// Hands what is due of the event to `tell`.
+    fn emit<T>(&self, event: EventId, now: Instant, tell: impl FnOnce(News) -> T) -> Option<T> {
         let slot = self.shared.events.find(event)?;
         // Held until it is known who is told: see `Room::board`.
         let mut board = lock(&slot.value.board);
-        let emission = board.emit(now, strained);
+        let emission = board.emit(now, self.pulse.strained());
         if emission.shed > 0 {
             metrics::FANOUT_SHED.add(&[], emission.shed);
         }
         if emission.changed.is_empty() && emission.summaries.is_empty() {
             return None;
         }
+        metrics::FANOUT_LAG.observe(&[], emission.waited);
         metrics::FANOUT_UPDATES.add(&[], emission.changed.len() as u64);
-        self.audience.gather(News { event, changed: emission.changed, summaries: emission.summaries })
+        Some(tell(News { event, changed: emission.changed, summaries: emission.summaries }))
+    }
+}
+
+/// Whether a grant took what was not free: `active + settling` may exceed a stock that fell, never because of a grant.
+fn is_overgrant(notice: &Notice) -> bool {
+    let counts = &notice.availability;
+    counts.active + counts.settling > counts.stock
+        && notice.changes.iter().any(|change| change.kind == ChangeKind::Locked)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::{Availability, CategoryId, Change, Instant as Reading, Quantity, ReleaseReason, UserId};
+
+    #[test]
+    fn only_a_grant_beyond_the_stock_is_an_overgrant() {
+        let notice = |stock, kind| {
+            let (event, category) = (EventId::new(1).unwrap(), CategoryId::new(1).unwrap());
+            let (open, version, at) = (true, 1, Reading::from_ms(1));
+            let availability =
+                Availability { event, category, total: 10, stock, active: 3, settling: 2, open, version, at };
+            let (quantity, user) = (Quantity::new(1).unwrap(), UserId::new(1).unwrap());
+            Notice { availability, changes: vec![Change { kind, quantity, user }] }
+        };
+        assert!(is_overgrant(&notice(4, ChangeKind::Locked)));
+        assert!(!is_overgrant(&notice(5, ChangeKind::Locked)), "the last ticket");
+        assert!(!is_overgrant(&notice(4, ChangeKind::Back(ReleaseReason::Expired))), "the stock fell");
     }
 }

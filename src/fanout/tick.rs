@@ -1,13 +1,13 @@
 //! The tick: what a room is told and when. Pure: no tasks, no clock, no ledger.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::Summary;
 use super::agenda::Agenda;
-use crate::domain::{Availability, CategoryId, ChangeKind, EventId, Notice, ReleaseReason, Snapshot, UserId};
+use super::{Summary, Sums};
+use crate::domain::{Availability, CategoryId, ChangeKind, EventId, Notice, ReleaseReason, Snapshot};
 
 /// Categories remembered of one event: those of two whole snapshots.
 const CELLS_MAX: usize = 2 * Snapshot::CATEGORIES_MAX;
@@ -19,9 +19,10 @@ const SEEN_MAX: usize = 64;
 const AMOUNTS_MAX: usize = 20_000;
 /// The longest that a room waits for news because telling the rooms takes long.
 const PAUSE_MAX: Duration = Duration::from_secs(1);
-/// After a round as long as `d` there is none for `d / 2`: of one processor's time at most two thirds are spent on telling
-/// rooms. Requests have their turn within a round too, after each portion; this is so that what they cause is taken in.
-const PAUSE_DIVISOR: u32 = 2;
+/// After a round as long as `d` there is none for `d / 4`: of one processor's time at most four fifths are spent on telling
+/// rooms. Requests have their turn within a round too, after each portion; this is so that what they cause is taken in. A
+/// longer pause makes the next change wait: ten thousand watchers are told in some 70 ms.
+const PAUSE_DIVISOR: u32 = 4;
 /// A round as long as this, five ticks by default, is more than the rooms can be told in full.
 const STRAIN: Duration = Duration::from_millis(250);
 
@@ -30,9 +31,11 @@ const STRAIN: Duration = Duration::from_millis(250);
 pub(super) struct Board {
     tick: Duration,
     cells: BTreeMap<CategoryId, Cell>,
-    sums: HashMap<(CategoryId, ChangeKind), BTreeMap<UserId, u64>>,
+    sums: Sums,
     amounts: usize,
     shed: u64,
+    /// Since when there is something to tell.
+    since: Option<Instant>,
     /// When the room may be told again.
     not_before: Option<Instant>,
 }
@@ -53,16 +56,23 @@ pub(super) struct Emission {
     pub(super) summaries: Vec<Summary>,
     /// Tickets of summaries that are left out.
     pub(super) shed: u64,
+    /// For how long the room has waited for the first of it.
+    pub(super) waited: Duration,
 }
 
 impl Board {
     pub(super) fn new(tick: Duration) -> Self {
-        Self { tick, cells: BTreeMap::new(), sums: HashMap::new(), amounts: 0, shed: 0, not_before: None }
+        Self { tick, cells: BTreeMap::new(), sums: Sums::new(), amounts: 0, shed: 0, since: None, not_before: None }
     }
 
     /// When the room may be told next: at once, or a tick after the last time.
     pub(super) fn ready_at(&self, now: Instant) -> Instant {
         self.not_before.map_or(now, |at| at.max(now))
+    }
+
+    /// There is something to tell from now on, unless there was before.
+    pub(super) fn wait_since(&mut self, now: Instant) {
+        self.since.get_or_insert(now);
     }
 
     /// Takes a notice. True if there is something to tell.
@@ -149,17 +159,12 @@ impl Board {
         }
         self.amounts = 0;
         let mut shed = std::mem::take(&mut self.shed);
-        let mut summaries = Vec::with_capacity(self.sums.len());
-        for ((category, kind), by_user) in self.sums.drain() {
-            let total = by_user.values().sum();
-            if strained {
-                shed += total;
-            } else if total > 0 {
-                summaries.push(Summary { category, kind, total, by_user: by_user.into_iter().collect() });
-            }
+        let mut summaries = summaries(std::mem::take(&mut self.sums));
+        if strained {
+            shed += summaries.drain(..).map(|summary| summary.total).sum::<u64>();
         }
-        summaries.sort_by_key(|summary| (summary.category, rank(summary.kind)));
-        Emission { changed, summaries, shed }
+        let waited = self.since.take().map_or(Duration::ZERO, |since| now.saturating_duration_since(since));
+        Emission { changed, summaries, shed, waited }
     }
 
     /// Forgets the category that changed longest ago, if there is no room for one more.
@@ -173,6 +178,17 @@ impl Board {
     }
 }
 
+/// What was moved, in the order in which it is told.
+pub(super) fn summaries(sums: Sums) -> Vec<Summary> {
+    let sums = sums.into_iter().map(|((category, kind), by_user)| {
+        let total = by_user.values().sum();
+        Summary { category, kind, total, by_user: by_user.into_iter().collect() }
+    });
+    let mut summaries: Vec<_> = sums.filter(|summary| summary.total > 0).collect();
+    summaries.sort_by_key(|summary| (summary.category, rank(summary.kind)));
+    summaries
+}
+
 /// The order in which kinds are told.
 const fn rank(kind: ChangeKind) -> u8 {
     match kind {
@@ -182,6 +198,11 @@ const fn rank(kind: ChangeKind) -> u8 {
         ChangeKind::Back(ReleaseReason::Abandoned) => 3,
         ChangeKind::Back(ReleaseReason::Cancelled) => 4,
     }
+}
+
+/// For how long no room is told after rooms were told for `took`.
+pub(super) fn pause_after(took: Duration) -> Duration {
+    (took / PAUSE_DIVISOR).min(PAUSE_MAX)
 }
 
 /// When rooms are told: each at once if it was not told for a tick, none before the pause after the last round is over.
@@ -212,10 +233,16 @@ impl Pulse {
         self.due.take(now)
     }
 
-    /// A round is over that took so long altogether.
-    pub(super) fn rest(&mut self, now: Instant, took: Duration) {
-        self.strained = took >= STRAIN;
-        self.pause_until = Some(now + (took / PAUSE_DIVISOR).min(PAUSE_MAX));
+    /// Takes the room for later news while it is told, if these are due and no other room is due before.
+    pub(super) fn take_again(&mut self, event: EventId, now: Instant) -> bool {
+        self.due.first() == Some(event) && self.due.take(now).is_some()
+    }
+
+    /// A round is over. `lap`: how long it takes to tell every room once. `took`: for how long they were told since the
+    /// last pause.
+    pub(super) fn rest(&mut self, now: Instant, lap: Duration, took: Duration) {
+        self.strained = lap >= STRAIN;
+        self.pause_until = Some(now + pause_after(took));
     }
 
     /// Whether rounds take so long that something has to be left out.
@@ -227,7 +254,8 @@ impl Pulse {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::domain::{Change, Instant as LedgerInstant, Quantity};
+    use crate::domain::{Change, Instant as LedgerInstant, Quantity, UserId};
+    use crate::fanout::News;
 
     const TICK: Duration = Duration::from_millis(50);
     const BACK: ChangeKind = ChangeKind::Back(ReleaseReason::Released);
@@ -310,6 +338,33 @@ mod tests {
     }
 
     #[test]
+    fn who_is_told_two_news_at_once_is_told_the_latest_counts_and_the_sum_of_what_others_did() {
+        let mut board = Board::new(TICK);
+        let mut news = |notices: &[Notice]| {
+            for notice in notices {
+                board.take(notice);
+            }
+            let emission = board.emit(Instant::now(), false);
+            News { event: event(1), changed: emission.changed, summaries: emission.summaries }
+        };
+        let former = news(&[notice(1, 1, &[(ChangeKind::Locked, 2, 7)]), notice(3, 1, &[(ChangeKind::Locked, 9, 7)])]);
+        let later = news(&[
+            notice(1, 2, &[(ChangeKind::Locked, 1, 6), (ChangeKind::Locked, 1, 7), (BACK, 4, 8)]),
+            notice(2, 5, &[]),
+        ]);
+        let both = former.and(&later);
+        assert_eq!((both.event, both.changed), (event(1), vec![counts(1, 2), counts(2, 5), counts(3, 1)]));
+        let summary = |id, kind, by_user: &[(u64, u64)]| Summary {
+            category: category(id),
+            kind,
+            total: by_user.iter().map(|(_, amount)| amount).sum(),
+            by_user: by_user.iter().map(|&(by, amount)| (user(by), amount)).collect(),
+        };
+        let locked = summary(1, ChangeKind::Locked, &[(6, 1), (7, 3)]);
+        assert_eq!(both.summaries, [locked, summary(1, BACK, &[(8, 4)]), summary(3, ChangeKind::Locked, &[(7, 9)])]);
+    }
+
+    #[test]
     fn under_strain_summaries_are_left_out_and_counted_and_counts_are_told() {
         let mut board = Board::new(TICK);
         board.take(&notice(1, 1, &[(ChangeKind::Locked, 2, 7), (BACK, 3, 8)]));
@@ -384,25 +439,40 @@ mod tests {
     }
 
     #[test]
-    fn after_a_long_round_no_room_is_told_for_half_as_long_up_to_a_second() {
+    fn a_room_joins_its_own_round_when_it_is_due_and_no_other_is_before_it() {
+        let start = Instant::now();
+        let mut pulse = Pulse::default();
+        pulse.plan(event(1), start + TICK);
+        assert!(!pulse.take_again(event(1), start), "not due");
+        assert!(pulse.take_again(event(1), start + TICK));
+        assert!(!pulse.take_again(event(1), start + TICK), "taken");
+        pulse.plan(event(2), start);
+        pulse.plan(event(1), start + TICK);
+        assert!(!pulse.take_again(event(1), start + TICK), "another has its turn");
+        assert_eq!(pulse.take(start + TICK), Some(event(2)));
+        assert!(pulse.take_again(event(1), start + TICK));
+    }
+
+    #[test]
+    fn after_a_long_round_no_room_is_told_for_a_quarter_as_long_up_to_a_second() {
         let start = Instant::now();
         let ms = Duration::from_millis;
         let mut pulse = Pulse::default();
         pulse.plan(event(1), start);
         pulse.plan(event(2), start + ms(10));
         assert_eq!((pulse.take(start), pulse.take(start)), (Some(event(1)), None));
-        pulse.rest(start + ms(80), ms(80));
+        pulse.rest(start + ms(80), ms(80), ms(80));
         assert!(!pulse.strained());
-        assert_eq!(pulse.next(), Some(start + ms(120)));
-        assert_eq!(pulse.take(start + ms(119)), None);
-        assert_eq!(pulse.take(start + ms(120)), Some(event(2)));
-        pulse.rest(start + ms(400), ms(280));
+        assert_eq!(pulse.next(), Some(start + ms(100)));
+        assert_eq!(pulse.take(start + ms(99)), None);
+        assert_eq!(pulse.take(start + ms(100)), Some(event(2)));
+        pulse.rest(start + ms(400), ms(280), ms(280));
         assert!(pulse.strained());
-        pulse.rest(start + ms(5000), ms(4600));
+        pulse.rest(start + ms(5000), ms(4600), ms(4600));
         pulse.plan(event(1), start);
         assert!(pulse.strained());
         assert_eq!(pulse.next(), Some(start + ms(6000)));
-        pulse.rest(start + ms(7000), ms(1));
+        pulse.rest(start + ms(7000), ms(1), ms(1));
         assert!(!pulse.strained());
     }
 }

@@ -6,6 +6,8 @@
 
 mod catalogue;
 mod frame;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzzing;
 mod nest;
 mod nest_rmq;
 mod nest_tcp;

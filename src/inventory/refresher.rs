@@ -152,6 +152,8 @@ struct Flight {
 
 struct Watched {
     count: usize,
+    /// When its stock was last known to be fresh; at first, when it was first watched.
+    fresh_at: Instant,
     stop: CancellationToken,
 }
 
@@ -342,7 +344,7 @@ impl Stock {
             Entry::Occupied(mut entry) => entry.get_mut().count += 1,
             Entry::Vacant(entry) => {
                 let stop = self.shared.stop.child_token();
-                entry.insert(Watched { count: 1, stop: stop.clone() });
+                entry.insert(Watched { count: 1, fresh_at: Instant::now(), stop: stop.clone() });
                 self.shared.tasks.spawn(Shared::keep_fresh(Arc::clone(&self.shared), event, stop));
             }
         }
@@ -359,6 +361,14 @@ impl Stock {
             }
         }
         gauge(watched.len());
+    }
+
+    /// How long ago the stock of watched events was known to be fresh, of the event for which that is longest; zero when
+    /// none is watched.
+    #[must_use]
+    pub fn age(&self) -> Duration {
+        let watched = lock(&self.shared.watched);
+        watched.values().map(|watched| watched.fresh_at.elapsed()).max().unwrap_or_default()
     }
 
     /// Returns when, after `stop`, the last open question has ended. Bounded by the timeouts of source and ledger.
@@ -505,6 +515,11 @@ impl Shared {
     /// Remembers, counts and logs what became of a question; of a streak of failures only the first and the end.
     fn note(&self, event: EventId, fetched: &Fetched) {
         let now = Instant::now();
+        if matches!(fetched, Fetched::Stored | Fetched::Fresh)
+            && let Some(watched) = lock(&self.watched).get_mut(&event)
+        {
+            watched.fresh_at = now;
+        }
         let outcome = match fetched {
             Fetched::Stored => {
                 self.answered(event);

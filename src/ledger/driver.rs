@@ -31,10 +31,11 @@ use tokio_util::sync::CancellationToken;
 use self::cluster::Route;
 use self::link::Link;
 use self::sentinel::Sentinels;
+use super::call::Call;
 use super::redis::{RedisClock, RedisSettingError};
 use super::script::{Script, SteppedScripts};
 use super::{LedgerError, key};
-use crate::metrics;
+use crate::{metrics, telemetry};
 
 /// An answer of Redis.
 pub(super) type Reply = Value;
@@ -154,36 +155,39 @@ impl Driver {
     }
 
     /// Runs a script by its SHA; sends its text when Redis does not have it.
-    pub(super) async fn eval(
-        &self,
-        script: &'static Script,
-        keys: Vec<String>,
-        args: Vec<String>,
-    ) -> Result<Reply, LedgerError> {
-        debug_assert!(script.keys.admits(keys.len()), "{}: {} keys", script.name, keys.len());
-        debug_assert!(script.args.admits(args.len()), "{}: {} arguments", script.name, args.len());
+    pub(super) async fn eval(&self, script: &'static Script, call: Call) -> Result<Reply, LedgerError> {
+        let (keys, args) = call.count();
+        debug_assert!(script.keys.admits(keys), "{}: {keys} keys", script.name);
+        debug_assert!(script.args.admits(args), "{}: {args} arguments", script.name);
         let started = Instant::now();
-        let first = keys[0].clone();
-        // Both are cheap to copy then, for each way in which they may have to be sent.
-        let keys: Vec<Key> = keys.into_iter().map(Key::from).collect();
-        let args: Vec<Value> = args.into_iter().map(Value::from).collect();
+        let call = &call.close();
+        let span = telemetry::script(script.name);
         let answer = self
-            .call(script.name, &first, |client| {
-                let (keys, args) = (keys.clone(), args.clone());
-                async move {
-                    let (text, sha) = match &self.stepped {
-                        Some(stepped) => stepped.named(script),
-                        None if self.clustered => script.on_cluster(),
-                        None => (script.source, script.sha()),
-                    };
-                    match client.evalsha(sha, keys.clone(), args.clone()).await {
-                        Err(error) if error.details().starts_with("NOSCRIPT") => client.eval(text, keys, args).await,
-                        answer => answer,
+            .call(script.name, call.first_key(), |client| async move {
+                let (text, sha) = match &self.stepped {
+                    Some(stepped) => stepped.named(script),
+                    None if self.clustered => script.on_cluster(),
+                    None => (script.source, script.sha()),
+                };
+                match client.evalsha(sha, call.keys::<Key>(), call.args::<Value>()).await {
+                    Err(error) if error.details().starts_with("NOSCRIPT") => {
+                        Box::pin(client.eval(text, call.keys::<Key>(), call.args::<Value>())).await
                     }
+                    answer => answer,
                 }
             })
             .await;
-        metrics::LEDGER_CALL.observe(&[script.name], started.elapsed());
+        let took = started.elapsed();
+        metrics::LEDGER_CALL.observe(&[script.name], took);
+        tracing::debug!(
+            script = script.name,
+            ms = took.as_secs_f64() * 1000.0,
+            answered = answer.is_ok(),
+            "ran a script"
+        );
+        if let Some(span) = span {
+            span.ends(answer.as_ref().map(word).map_err(|error| error.kind().as_str()));
+        }
         answer
     }
 
@@ -340,6 +344,12 @@ impl Driver {
 async fn custom(client: Client, name: &'static str, args: Vec<String>) -> Result<Reply, Error> {
     use fred::interfaces::ClientLike;
     client.custom(CustomCommand::new_static(name, ClusterHash::FirstKey, false), args).await
+}
+
+/// What a script's reply begins with; "" when it is none of ours.
+fn word(reply: &Reply) -> &str {
+    let Value::Array(parts) = reply else { return "" };
+    if let Some(Value::String(word)) = parts.first() { word } else { "" }
 }
 
 fn has_moved(error: &Error) -> bool {

@@ -3,34 +3,36 @@
 //! All keys of one event share the hash tag `{e:<event>}`, all of one user `{u:<user>}`, the fleet's `{fleet}`: a script
 //! touches one slot. `lua/README.md` is the schema.
 
+use std::fmt::{Display, from_fn};
+
 use crate::domain::{EventId, LockId, OrderId, RequestId, UserId};
 
 /// The keys that every script of an event takes, in the order of the scripts' `KEYS`.
-pub(super) fn event(event: EventId) -> Vec<String> {
-    ["counts", "deadlines", "ended", "settling", "sold", "holders"]
-        .iter()
-        .map(|name| format!("seatlock:{{e:{event}}}:{name}"))
-        .collect()
+pub(super) const OF_EVENT: [&str; 6] = ["counts", "deadlines", "ended", "settling", "sold", "holders"];
+
+/// One of [`OF_EVENT`].
+pub(super) fn of_event(event: EventId, name: &str) -> impl Display {
+    from_fn(move |f| write!(f, "seatlock:{{e:{event}}}:{name}"))
 }
 
 /// A lock's own hash.
-pub(super) fn lock(lock: LockId) -> String {
-    format!("seatlock:{{e:{}}}:lock:{lock}", lock.event())
+pub(super) fn lock(lock: LockId) -> impl Display {
+    from_fn(move |f| write!(f, "seatlock:{{e:{}}}:lock:{lock}", lock.event()))
 }
 
 /// What is remembered of a client's request id.
-pub(super) fn request(event: EventId, user: UserId, request: &RequestId) -> String {
-    format!("seatlock:{{e:{event}}}:request:{user}:{request}")
+pub(super) fn request(event: EventId, user: UserId, request: &RequestId) -> impl Display {
+    from_fn(move |f| write!(f, "seatlock:{{e:{event}}}:request:{user}:{request}"))
 }
 
 /// A user's rate in an event.
-pub(super) fn rate(event: EventId, user: UserId) -> String {
-    format!("seatlock:{{e:{event}}}:rate:{user}")
+pub(super) fn rate(event: EventId, user: UserId) -> impl Display {
+    from_fn(move |f| write!(f, "seatlock:{{e:{event}}}:rate:{user}"))
 }
 
 /// What is remembered of a reported order.
-pub(super) fn order(event: EventId, order: &OrderId) -> String {
-    format!("seatlock:{{e:{event}}}:order:{order}")
+pub(super) fn order(event: EventId, order: &OrderId) -> impl Display {
+    from_fn(move |f| write!(f, "seatlock:{{e:{event}}}:order:{order}"))
 }
 
 /// A user's open sessions, and the events in which the user may have locks.
@@ -44,7 +46,7 @@ pub(super) fn event_of_field(field: &str) -> Option<EventId> {
 }
 
 /// Users that a replica may have sessions of.
-pub(super) fn hosted(replica: impl std::fmt::Display) -> String {
+pub(super) fn hosted(replica: impl Display) -> String {
     format!("seatlock:{{r:{replica}}}:users")
 }
 
@@ -93,7 +95,7 @@ const EVENT_CHANNEL_END: &str = "}:changes";
 /// What every user's channel begins with; the scripts know it too.
 pub(super) const USER_CHANNEL: &str = "seatlock:user:";
 
-/// Where every replica hears which locks have reached their deadline: `lock category quantity user ...`.
+/// Where every replica hears which locks have reached their deadline: `lock|category|quantity|user ...`.
 pub(super) const EXPIRED_CHANNEL: &str = "seatlock:expired";
 
 /// What a replica's own channel begins with: it tells itself that its subscription is alive.

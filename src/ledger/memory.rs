@@ -10,12 +10,12 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use async_trait::async_trait;
 use tokio::sync::mpsc;
 
-use super::{FEED_LEN_MAX, FeedItem, Footing, Ledger, LedgerError, LedgerOptions, Presence, Swept, Topic};
+use super::{FEED_LEN_MAX, FeedItem, Footing, Ledger, LedgerError, LedgerOptions, Presence, Swept, Topic, ends};
 use crate::domain::{
-    AcceptOutcome, Announcement, AskOutcome, Availability, Book, ConfirmOutcome, EventId, FleetStats, Lock, LockId,
-    LockOutcome, LockRequest, Now, OrderId, OrderOutcome, OrderReport, Personal, ReleaseOutcome, Releaser, ReplicaId,
-    ReplicaReport, RestoreOutcome, RestoreRequest, SessionId, Snapshot, SnapshotNumber, UserId, ValidateOutcome,
-    ValidateRequest,
+    AcceptOutcome, Announcement, AskOutcome, Availability, Book, ConfirmOutcome, End, EndReason, EventId, FleetStats,
+    Lock, LockId, LockOutcome, LockRequest, LockStatus, Now, OrderId, OrderOutcome, OrderReport, Personal,
+    ReleaseOutcome, Releaser, ReplicaId, ReplicaReport, RestoreOutcome, RestoreRequest, SessionId, Snapshot,
+    SnapshotNumber, UserId, ValidateOutcome, ValidateRequest,
 };
 
 /// Where the embedded ledger reads the time. Tests step it; the service uses the system's clock.
@@ -92,6 +92,7 @@ impl MemoryLedger {
             .entry(event)
             .or_insert_with(|| Book::new(event, self.options.settle_timeout, self.options.expiry_warning));
         let answer = act(book, now, &mut out);
+        ends::announced(book, now, &out).into_iter().for_each(ends::count);
         state.announce(out);
         answer
     }
@@ -158,7 +159,15 @@ impl Ledger for MemoryLedger {
     }
 
     async fn release(&self, lock: LockId, by: Releaser) -> Result<ReleaseOutcome, LedgerError> {
-        Ok(self.with_book(lock.event(), |book, now, out| book.release(now, lock, by, out)))
+        Ok(self.with_book(lock.event(), |book, now, out| {
+            let was_active = book.find(now, lock).is_some_and(|before| before.status == LockStatus::Active);
+            let outcome = book.release(now, lock, by, out);
+            if let (true, ReleaseOutcome::Released(released)) = (was_active, &outcome) {
+                let held = ends::since(released.created_at, now.instant());
+                ends::count(End { reason: EndReason::Released, held, late: None });
+            }
+            outcome
+        }))
     }
 
     async fn find(&self, lock: LockId) -> Result<Option<Lock>, LedgerError> {
@@ -251,7 +260,10 @@ impl Ledger for MemoryLedger {
         let mut out = Vec::new();
         let mut next = None;
         for (event, book) in &mut state.books {
-            let report = book.sweep(now, &mut out);
+            let mut announced = Vec::new();
+            let report = book.sweep(now, &mut announced);
+            ends::announced(book, now, &announced).into_iter().for_each(ends::count);
+            out.append(&mut announced);
             swept.expired += report.expired;
             if report.refresh {
                 swept.refresh.push(*event);

@@ -4,8 +4,12 @@
 //! transition. [`MemoryLedger`] is the model of [`crate::domain::Book`] behind a mutex: the embedded default for one
 //! replica, and the oracle that the other is compared with. No replica holds lock state outside a ledger.
 
+mod call;
 mod driver;
+mod ends;
 mod error;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzzing;
 mod key;
 mod memory;
 mod notice;

@@ -63,16 +63,19 @@ fn read_quantity(text: &str) -> Option<Quantity> {
     Quantity::new(text.parse().ok()?).ok()
 }
 
-/// Reads which locks have reached their deadline, `lock category quantity user ...`: messages for their owners.
+/// Reads which locks have reached their deadline, `lock|category|quantity|user ...`: messages for their owners.
 #[must_use]
 pub fn read_expired(text: &str) -> Option<Vec<(UserId, Personal)>> {
-    let words: Vec<&str> = text.split(' ').collect();
-    let read = |words: &[&str]| {
-        let [lock, category, quantity, user] = words else { return None };
-        let (lock, category) = (lock.parse().ok()?, category.parse().ok()?);
-        Some((user.parse().ok()?, Personal::Expired { lock, category, quantity: read_quantity(quantity)? }))
+    let read = |member: &str| {
+        let mut parts = member.split('|');
+        let (lock, category, quantity) = (parts.next()?.parse().ok()?, parts.next()?.parse().ok()?, parts.next()?);
+        let user = parts.next()?.parse().ok()?;
+        if parts.next().is_some() {
+            return None;
+        }
+        Some((user, Personal::Expired { lock, category, quantity: read_quantity(quantity)? }))
     };
-    words.chunks(4).map(read).collect()
+    text.split(' ').map(read).collect()
 }
 
 /// Reads a message for a user's sockets; the words are those of [`write_personal`] and of the scripts.
@@ -196,11 +199,14 @@ mod tests {
     fn expired_locks_are_read_all_or_none() {
         let (one, two) = (LockId::generate(event()), LockId::generate(event()));
         let (category, quantity) = (CategoryId::new(4).expect("an id"), Quantity::new(2).expect("a quantity"));
-        let told = read_expired(&format!("{one} 4 2 7 {two} 4 2 8")).expect("two locks");
+        let told = read_expired(&format!("{one}|4|2|7 {two}|4|2|8")).expect("two locks");
         let owner = |id| UserId::new(id).expect("an id");
         let message = |lock| Personal::Expired { lock, category, quantity };
         assert_eq!(told, [(owner(7), message(one)), (owner(8), message(two))]);
-        for text in ["", "x", &format!("{one} 4 2"), &format!("{one} 4 0 7"), &format!("{one} 4 2 7 {two}")] {
+        let whole = format!("{one}|4|2|7");
+        for text in
+            ["", "x", &format!("{one}|4|2"), &format!("{one}|4|0|7"), &format!("{whole} {two}"), &format!("{whole}|1")]
+        {
             assert_eq!(read_expired(text), None, "{text}");
         }
     }

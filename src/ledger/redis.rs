@@ -1,6 +1,6 @@
 //! The ledger of a fleet: TTL keys in Redis, one script for each transition.
 
-use std::hash::Hash;
+use std::fmt::{Display, from_fn};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
@@ -9,12 +9,13 @@ use async_trait::async_trait;
 use futures_util::future::join_all;
 use tokio::sync::mpsc;
 
+use super::call::Call;
 use super::driver::{Delivery, Driver, DriverOptions, Witness};
 use super::notice::{read_change, read_expired, read_personal, write_personal};
 use super::recent::Recent;
 use super::reply::{self, Left, OrderReply, Parts};
 use super::script::{self, Script};
-use super::{FEED_LEN_MAX, FeedItem, Footing, Ledger, LedgerError, LedgerOptions, Presence, Swept, Topic, key};
+use super::{FEED_LEN_MAX, FeedItem, Footing, Ledger, LedgerError, LedgerOptions, Presence, Swept, Topic, ends, key};
 use crate::domain::{
     AcceptOutcome, AskOutcome, Availability, CategoryId, ConfirmOutcome, EventId, FleetStats, Kept, Lock, LockId,
     LockOutcome, LockRequest, OrderId, OrderOutcome, OrderReport, OrderResult, Personal, Quantity, RateLimit,
@@ -166,69 +167,56 @@ impl RedisLedger {
         unsure || known.restoring.is_some_and(|until| until > Instant::now())
     }
 
-    async fn run(&self, script: &'static Script, keys: Vec<String>, args: Vec<String>) -> Result<Parts, LedgerError> {
-        Parts::new(script, self.driver.eval(script, keys, args).await?)
-    }
-
-    /// A script about one event: its six keys and its channel come first, then `keys` and `args`.
-    async fn event<const K: usize, const A: usize>(
-        &self,
-        script: &'static Script,
-        event: EventId,
-        keys: [String; K],
-        args: [String; A],
-    ) -> Result<Parts, LedgerError> {
-        let keys = key::event(event).into_iter().chain(keys).collect();
-        let args = std::iter::once(key::event_channel(event)).chain(args).collect();
-        self.run(script, keys, args).await
+    async fn run(&self, script: &'static Script, call: Call) -> Result<Parts, LedgerError> {
+        Parts::new(script, self.driver.eval(script, call).await?)
     }
 
     /// Makes sure that a sweep looks at the event by then.
     async fn touch(&self, event: EventId, within: Duration) -> Result<(), LedgerError> {
-        let args = vec![event.to_string(), ms(within)];
-        reply::said(
-            &self.run(&script::TOUCH, vec![key::DUE.to_owned(), key::EVENTS.to_owned()], args).await?,
-            "touched",
-        )
+        let call = Call::new().key(key::DUE).key(key::EVENTS).arg(event).arg(whole_ms(within));
+        reply::said(&self.run(&script::TOUCH, call).await?, "touched")
     }
 
-    /// Makes sure that a sweep looks at an event in which a lock is asked for. A touch made a moment ago for a lock that has
-    /// its first due time as far ahead is as good: the sweep goes on looking every few seconds for a while.
-    async fn touch_for_lock(&self, event: EventId, first_due: Duration) -> Result<(), LedgerError> {
-        let touch = self.touch(event, first_due);
-        match &self.touched {
-            Some(recent) if first_due >= UNTOUCHED_DUE_MIN => {
-                self.unless_recent(recent, (event, first_due), touch).await
-            }
-            Some(_) | None => touch.await,
-        }
+    /// What of the indexes by which a lock is found was written a moment ago: that of the event, that of the user. A touch
+    /// for a lock that has its first due time as far ahead is as good as one for this lock: the sweep goes on looking
+    /// every few seconds for a while.
+    fn indexed(&self, event: EventId, first_due: Duration, user: UserId) -> (bool, bool) {
+        let (now, connections) = (Instant::now(), self.driver.connections());
+        let touched = first_due >= UNTOUCHED_DUE_MIN
+            && self.touched.as_ref().is_some_and(|recent| recent.has(&(event, first_due), now, connections));
+        let visited = self.visited.as_ref().is_some_and(|recent| recent.has(&(user, event), now, connections));
+        (touched, visited)
     }
 
-    async fn visit_for_lock(&self, user: UserId, event: EventId) -> Result<(), LedgerError> {
-        let visit = self.visit(user, event);
-        match &self.visited {
-            Some(recent) => self.unless_recent(recent, (user, event), visit).await,
-            None => visit.await,
-        }
-    }
-
-    async fn unless_recent<K: Eq + Hash>(
+    /// Writes what is missing of the indexes by which a lock is found.
+    async fn index(
         &self,
-        recent: &Recent<K>,
-        key: K,
-        write: impl Future<Output = Result<(), LedgerError>>,
+        event: EventId,
+        first_due: Duration,
+        user: UserId,
+        (touched, visited): (bool, bool),
     ) -> Result<(), LedgerError> {
         let (now, connections) = (Instant::now(), self.driver.connections());
-        if !recent.has(&key, now, connections) {
-            write.await?;
-            recent.note(key, now, connections);
-        }
-        Ok(())
+        let touch = async {
+            if !touched {
+                self.touch(event, first_due).await?;
+                self.touched.iter().for_each(|recent| recent.note((event, first_due), now, connections));
+            }
+            Ok(())
+        };
+        let visit = async {
+            if !visited {
+                self.visit(user, event).await?;
+                self.visited.iter().for_each(|recent| recent.note((user, event), now, connections));
+            }
+            Ok(())
+        };
+        let (touched, visited) = tokio::join!(biased; touch, visit);
+        touched.and(visited)
     }
 
     async fn visit(&self, user: UserId, event: EventId) -> Result<(), LedgerError> {
-        let answer = self.run(&script::VISIT, vec![key::user(user)], vec![event.to_string()]).await?;
-        reply::said(&answer, "visited")
+        reply::said(&self.run(&script::VISIT, Call::new().key(key::user(user)).arg(event)).await?, "visited")
     }
 
     async fn events_of(&self, user: UserId) -> Result<Vec<EventId>, LedgerError> {
@@ -240,9 +228,8 @@ impl RedisLedger {
         if events.is_empty() {
             return;
         }
-        let args = events.iter().map(ToString::to_string).collect();
         // A leftover costs one read next time and ends with its key.
-        self.run(&script::FORGET, vec![key::user(user)], args).await.ok();
+        self.run(&script::FORGET, Call::new().key(key::user(user)).args(events)).await.ok();
     }
 
     /// Reads something about a user's locks in each of the user's events, and forgets events without any.
@@ -267,20 +254,16 @@ impl RedisLedger {
     }
 
     async fn count_order(&self, report: &OrderReport, claim: bool) -> Result<OrderReply, LedgerError> {
-        let result = match report.result {
-            OrderResult::Completed => "completed",
-            OrderResult::Cancelled => "cancelled",
-        };
-        let args = [
-            report.order.to_string(),
-            report.category.to_string(),
-            report.quantity.to_string(),
-            report.user.to_string(),
-            text(report.lock),
-            result.to_owned(),
-            u8::from(claim).to_string(),
-        ];
-        reply::order(self.event(&script::ORDER, report.event, [key::order(report.event, &report.order)], args).await?)
+        let call = Call::about(report.event)
+            .key(key::order(report.event, &report.order))
+            .arg(&report.order)
+            .arg(report.category)
+            .arg(report.quantity)
+            .arg(report.user)
+            .arg(text(report.lock.as_ref()))
+            .arg(report.result.as_str())
+            .arg(u8::from(claim));
+        reply::order(self.run(&script::ORDER, call).await?)
     }
 
     /// Counts a reported order again, now that the lock it used is confirmed.
@@ -312,38 +295,40 @@ impl RedisLedger {
         let begun = Instant::now();
         let mut expired = 0;
         let swept = loop {
-            let answer = self.event(&script::SWEEP, event, [], [ms(self.options.expiry_warning)]).await?;
-            let swept = reply::sweep(answer)?;
+            let call = Call::about(event).arg(whole_ms(self.options.expiry_warning));
+            let swept = reply::sweep(self.run(&script::SWEEP, call).await?)?;
             for members in swept.old.chunks(100) {
                 self.bury(event, members).await?;
             }
+            swept.ends.iter().copied().for_each(ends::count);
             expired += swept.expired;
             // A wave of expiries is more than one call may end: the rest at once, while the event is claimed.
-            if swept.expired == 0 || swept.next_ms != 0 || begun.elapsed() > CLAIM / 2 {
+            if !swept.goes_on() || begun.elapsed() > CLAIM / 2 {
                 break swept;
             }
         };
-        let args = vec![event.to_string(), swept.next_ms.to_string(), claimed_ms.to_string(), ms(CLAIM)];
-        let planned = self.run(&script::PLAN, vec![key::DUE.to_owned(), key::EVENTS.to_owned()], args).await?;
+        let call = Call::new().key(key::DUE).key(key::EVENTS);
+        let call = call.arg(event).arg(swept.next_ms).arg(claimed_ms).arg(whole_ms(CLAIM));
+        let planned = self.run(&script::PLAN, call).await?;
         Ok(EventSwept { event, expired, refresh: swept.refresh, next: reply::plan(planned)? })
     }
 
     async fn bury(&self, event: EventId, members: &[String]) -> Result<(), LedgerError> {
-        let of_event = key::event(event);
         let ids = members.iter().filter_map(|member| member.split('|').next()?.parse::<LockId>().ok());
-        let keys: Vec<String> =
-            [of_event[2].clone(), of_event[5].clone()].into_iter().chain(ids.map(key::lock)).collect();
-        if keys.len() != members.len() + 2 {
+        let call = Call::new().key(key::of_event(event, "ended")).key(key::of_event(event, "holders"));
+        let call = ids.map(key::lock).fold(call, Call::key).args(members);
+        if call.count() != (members.len() + 2, members.len()) {
             return Err(LedgerError::Protocol { script: script::BURY.name, reply: members.join(" ") });
         }
-        reply::said(&self.run(&script::BURY, keys, members.to_vec()).await?, "buried")
+        reply::said(&self.run(&script::BURY, call).await?, "buried")
     }
 
     async fn report(&self, lease: Duration, report: String) -> Result<Footing, LedgerError> {
         let connections = self.driver.connections();
-        let keys = [key::LEASES, key::REPORTS, key::EVENTS, key::DEAD, key::EPOCH].map(str::to_owned).to_vec();
-        let args = vec![self.replica.to_string(), ms(lease), report, uuid::Uuid::new_v4().to_string()];
-        let alive = reply::alive(self.run(&script::BEAT, keys, args).await?)?;
+        let keys = [key::LEASES, key::REPORTS, key::EVENTS, key::DEAD, key::EPOCH];
+        let call = keys.into_iter().fold(Call::new(), Call::key);
+        let call = call.arg(self.replica).arg(whole_ms(lease)).arg(report).arg(uuid::Uuid::new_v4());
+        let alive = reply::alive(self.run(&script::BEAT, call).await?)?;
         let mut known = self.known();
         let footing = match &known.epoch {
             None => Footing::Firm,
@@ -367,12 +352,12 @@ impl RedisLedger {
     /// Ends sessions of a user on a replica: one, or all that began before an instant. If none is left anywhere, the
     /// user's locks are abandoned.
     async fn depart(&self, user: UserId, which: Departing<'_>, grace: Duration) -> Result<Left, LedgerError> {
-        let (session, replica, before_us) = match which {
-            Departing::One(session) => (session.to_string(), self.replica.to_string(), String::new()),
-            Departing::AllOf { replica, before_us } => (String::new(), replica.to_owned(), before_us.to_string()),
+        let call = Call::new().key(key::user(user));
+        let call = match which {
+            Departing::One(session) => call.arg(session).arg(self.replica).arg(""),
+            Departing::AllOf { replica, before_us } => call.arg("").arg(replica).arg(before_us),
         };
-        let args = vec![session, replica, before_us];
-        let left = reply::left(self.run(&script::LEAVE, vec![key::user(user)], args).await?)?;
+        let left = reply::left(self.run(&script::LEAVE, call).await?)?;
         if left.remaining > 0 {
             return Ok(left);
         }
@@ -381,8 +366,8 @@ impl RedisLedger {
                 let event = *event;
                 async move {
                     self.touch(event, grace).await?;
-                    let args = [user.to_string(), left.generation.to_string(), ms(grace)];
-                    reply::said(&self.event(&script::ABANDON, event, [], args).await?, "abandoned")
+                    let call = Call::about(event).arg(user).arg(left.generation).arg(whole_ms(grace));
+                    reply::said(&self.run(&script::ABANDON, call).await?, "abandoned")
                 }
             };
             for done in join_all(portion.iter().map(abandon)).await {
@@ -395,8 +380,9 @@ impl RedisLedger {
     /// Forgets that a replica has sessions of these users; how many it may still have. `found_us` is when it was seen
     /// that there are none.
     async fn unhost(&self, replica: &str, users: &[(UserId, u64)]) -> Result<u64, LedgerError> {
-        let args = users.iter().flat_map(|(user, found_us)| [user.to_string(), found_us.to_string()]).collect();
-        reply::unhosted(self.run(&script::UNHOST, vec![key::hosted(replica)], args).await?)
+        let call = Call::new().key(key::hosted(replica));
+        let call = users.iter().fold(call, |call, (user, found_us)| call.arg(user).arg(found_us));
+        reply::unhosted(self.run(&script::UNHOST, call).await?)
     }
 
     async fn reap_replica(&self, replica: &str, claimed_ms: u64, grace: Duration) -> Result<u64, LedgerError> {
@@ -407,8 +393,8 @@ impl RedisLedger {
             let members = self.driver.members(&key::hosted(replica), PARALLEL).await?;
             let users: Vec<UserId> = members.iter().filter_map(|text| text.parse().ok()).collect();
             if users.is_empty() {
-                let args = vec![replica.to_owned(), claimed_ms.to_string()];
-                reply::dropped(&self.run(&script::DROP, vec![key::DEAD.to_owned()], args).await?)?;
+                let call = Call::new().key(key::DEAD).arg(replica).arg(claimed_ms);
+                reply::dropped(&self.run(&script::DROP, call).await?)?;
                 break;
             }
             let all = Departing::AllOf { replica, before_us };
@@ -457,88 +443,97 @@ impl Ledger for RedisLedger {
             return Err(LedgerError::Restoring);
         }
         let event = request.event();
-        let lock = key::lock(request.lock);
-        let named = request.request.as_ref().map(|name| key::request(event, request.user, name));
         let rate = request.rate.unwrap_or(RateLimit { interval: Duration::ZERO, burst: 1 });
-        let keys = [lock.clone(), named.clone().unwrap_or(lock), key::rate(event, request.user)];
-        let args = [
-            request.lock.to_string(),
-            request.user.to_string(),
-            request.category.to_string(),
-            request.quantity.to_string(),
-            ms(request.ttl),
-            ms(request.stock_age_max),
-            request.per_event_max.unwrap_or(0).to_string(),
-            rate.interval.as_micros().to_string(),
-            rate.burst.max(1).to_string(),
-            text(request.session),
-            request.generation.to_string(),
-            if named.is_some() { "1" } else { "" }.to_owned(),
-        ];
-        // The indexes are written first (one connection keeps the order), so that they are never too small; the first
-        // thing due is the warning, or the deadline where it is too near for one.
+        let call = Call::about(event).key(key::lock(request.lock));
+        let call = match &request.request {
+            Some(name) => call.key(key::request(event, request.user, name)),
+            None => call.key(key::lock(request.lock)),
+        };
+        let call = call
+            .key(key::rate(event, request.user))
+            .arg(request.lock)
+            .arg(request.user)
+            .arg(request.category)
+            .arg(request.quantity)
+            .arg(whole_ms(request.ttl))
+            .arg(whole_ms(request.stock_age_max))
+            .arg(request.per_event_max.unwrap_or(0))
+            .arg(rate.interval.as_micros())
+            .arg(rate.burst.max(1))
+            .arg(text(request.session))
+            .arg(request.generation)
+            .arg(if request.request.is_some() { "1" } else { "" });
+        // The indexes are written first (one connection keeps the order, and `biased` does where a script's text has to
+        // be sent after all), so that they are never too small; the first thing due is the warning, or the deadline
+        // where it is too near for one.
         let first_due = request.ttl.saturating_sub(self.options.expiry_warning);
         let first_due = if first_due.is_zero() { request.ttl } else { first_due };
-        let witness = if self.wait > 0 { Some(self.driver.witness(&key::lock(request.lock)).await?) } else { None };
-        let (touched, visited, answer) = tokio::join!(
-            self.touch_for_lock(event, first_due),
-            self.visit_for_lock(request.user, event),
-            self.event(&script::LOCK, event, keys, args),
-        );
+        let witness = match self.wait {
+            0 => None,
+            _ => Some(Box::pin(self.driver.witness(&key::lock(request.lock).to_string())).await?),
+        };
+        let answer = self.run(&script::LOCK, call);
+        let (indexed, answer) = match self.indexed(event, first_due, request.user) {
+            (true, true) => (Ok(()), answer.await),
+            some => {
+                Box::pin(async { tokio::join!(biased; self.index(event, first_due, request.user, some), answer) }).await
+            }
+        };
         let outcome = reply::lock(answer?)?;
         if matches!(outcome, LockOutcome::Granted(_)) {
             // A lock that no index knows expires unannounced and is not found after a reconnect. The client repeats.
-            touched?;
-            visited?;
+            indexed?;
         }
         if let Some(witness) = witness
             && let LockOutcome::Granted(grant) | LockOutcome::GrantedBefore(grant) = &outcome
         {
-            self.make_durable(grant.lock, request.user, witness).await?;
+            Box::pin(self.make_durable(grant.lock, request.user, witness)).await?;
         }
         Ok(outcome)
     }
 
     async fn validate(&self, request: &ValidateRequest) -> Result<ValidateOutcome, LedgerError> {
-        let args =
-            [request.user.to_string(), request.category.to_string(), request.quantity.to_string(), ms(request.window)];
-        reply::validate(self.event(&script::VALIDATE, request.event, [], args).await?)
+        let call = Call::about(request.event).arg(request.user).arg(request.category).arg(request.quantity);
+        reply::validate(self.run(&script::VALIDATE, call.arg(whole_ms(request.window))).await?)
     }
 
     async fn restore(&self, request: &RestoreRequest) -> Result<RestoreOutcome, LedgerError> {
         let memento = &request.memento;
         let event = memento.lock.event();
-        let own = key::lock(memento.lock);
         let (state, order) = match &memento.kept {
             Kept::Attended => ("attended", None),
             Kept::Pinned => ("pinned", None),
             Kept::Confirmed { order } => ("confirmed", order.as_ref()),
         };
         let named = memento.request.as_ref().map(|name| key::request(event, request.user, name));
-        let keys = [
-            own.clone(),
-            named.clone().unwrap_or_else(|| own.clone()),
-            order.map_or(own, |order| key::order(event, order)),
-        ];
-        let args = [
-            memento.lock.to_string(),
-            request.user.to_string(),
-            memento.category.to_string(),
-            memento.quantity.to_string(),
-            memento.created_at.as_ms().to_string(),
-            memento.deadline.as_ms().to_string(),
-            ms(request.stock_age_max),
-            text(memento.session),
-            request.generation.to_string(),
-            state.to_owned(),
-            text(order),
-            ms(self.options.settle_timeout),
-            if named.is_some() { "1" } else { "" }.to_owned(),
-        ];
+        let own = key::lock(memento.lock);
+        let call = Call::about(event).key(&own);
+        let call = match &named {
+            Some(named) => call.key(named),
+            None => call.key(&own),
+        };
+        let call = match order {
+            Some(order) => call.key(key::order(event, order)),
+            None => call.key(&own),
+        };
+        let call = call
+            .arg(memento.lock)
+            .arg(request.user)
+            .arg(memento.category)
+            .arg(memento.quantity)
+            .arg(memento.created_at.as_ms())
+            .arg(memento.deadline.as_ms())
+            .arg(whole_ms(request.stock_age_max))
+            .arg(text(memento.session))
+            .arg(request.generation)
+            .arg(state)
+            .arg(text(order))
+            .arg(whole_ms(self.options.settle_timeout))
+            .arg(if named.is_some() { "1" } else { "" });
         // The indexes first, as for a new lock. When it is due is looked up by the sweep at once.
         self.touch(event, Duration::ZERO).await?;
         self.visit(request.user, event).await?;
-        let (outcome, reported) = reply::restore(&self.event(&script::RESTORE, event, keys, args).await?)?;
+        let (outcome, reported) = reply::restore(&self.run(&script::RESTORE, call).await?)?;
         if reported && let Some(order) = order {
             self.match_order(order, event, memento.category, memento.quantity, request.user).await?;
         }
@@ -553,10 +548,13 @@ impl Ledger for RedisLedger {
     ) -> Result<ConfirmOutcome, LedgerError> {
         let event = lock.event();
         self.touch(event, self.options.settle_timeout).await?;
-        let own = key::lock(lock);
-        let keys = [own.clone(), order.map_or(own, |order| key::order(event, order))];
-        let args = [lock.to_string(), text(user), text(order), ms(self.options.settle_timeout)];
-        let (outcome, reported) = reply::confirm(&self.event(&script::CONFIRM, event, keys, args).await?)?;
+        let call = Call::about(event).key(key::lock(lock));
+        let call = match order {
+            Some(order) => call.key(key::order(event, order)),
+            None => call.key(key::lock(lock)),
+        };
+        let call = call.arg(lock).arg(text(user)).arg(text(order)).arg(whole_ms(self.options.settle_timeout));
+        let (outcome, reported) = ends::counted(reply::confirm(self.run(&script::CONFIRM, call).await?)?);
         if reported && let (Some(order), Some(found)) = (order, self.find(lock).await?) {
             self.match_order(order, event, found.category, found.quantity, found.user).await?;
         }
@@ -568,18 +566,18 @@ impl Ledger for RedisLedger {
             Releaser::Owner { user, session } => ("owner", Some(user), session),
             Releaser::Orders { user } => ("orders", user, None),
         };
-        let args = [lock.to_string(), releaser.to_owned(), text(user), text(session)];
-        let answer = self.event(&script::RELEASE, lock.event(), [key::lock(lock)], args).await?;
-        reply::release(answer, lock)
+        let call = Call::about(lock.event()).key(key::lock(lock));
+        let call = call.arg(lock).arg(releaser).arg(text(user)).arg(text(session));
+        Ok(ends::counted(reply::release(self.run(&script::RELEASE, call).await?, lock)?))
     }
 
     async fn find(&self, lock: LockId) -> Result<Option<Lock>, LedgerError> {
-        let answer = self.event(&script::FIND, lock.event(), [key::lock(lock)], [lock.to_string()]).await?;
-        reply::find(answer, lock)
+        let call = Call::about(lock.event()).key(key::lock(lock)).arg(lock);
+        reply::find(self.run(&script::FIND, call).await?, lock)
     }
 
     async fn locks_in(&self, event: EventId, user: UserId) -> Result<Vec<Lock>, LedgerError> {
-        reply::locks(self.event(&script::LOCKS, event, [], [user.to_string()]).await?, user)
+        reply::locks(self.run(&script::LOCKS, Call::about(event).arg(user)).await?, user)
     }
 
     async fn locks_of(&self, user: UserId) -> Result<Vec<Lock>, LedgerError> {
@@ -587,11 +585,12 @@ impl Ledger for RedisLedger {
     }
 
     async fn availability(&self, event: EventId, age_max: Duration) -> Result<Option<Vec<Availability>>, LedgerError> {
-        reply::availability(self.event(&script::AVAILABILITY, event, [], [ms(age_max)]).await?, event)
+        reply::availability(self.run(&script::AVAILABILITY, Call::about(event).arg(whole_ms(age_max))).await?, event)
     }
 
     async fn ask(&self, event: EventId, age_min: Duration) -> Result<AskOutcome, LedgerError> {
-        let (outcome, timed_out) = reply::ask(self.event(&script::ASK, event, [], [ms(age_min)]).await?)?;
+        let call = Call::about(event).arg(whole_ms(age_min));
+        let (outcome, timed_out) = reply::ask(self.run(&script::ASK, call).await?)?;
         if timed_out > 0 {
             metrics::LEDGER_SETTLE_TIMEOUTS.add(&[], timed_out);
             tracing::warn!(%event, locks = timed_out, "confirmed locks whose order was never reported leave settlement");
@@ -605,12 +604,12 @@ impl Ledger for RedisLedger {
         number: SnapshotNumber,
         snapshot: &Snapshot,
     ) -> Result<AcceptOutcome, LedgerError> {
-        let mut args = vec![key::event_channel(event), number.0.to_string()];
+        let mut call = Call::about(event).arg(number.0);
         for told in &snapshot.categories {
             let open = u8::from(told.open && snapshot.open);
-            args.extend([told.category.to_string(), told.total.to_string(), told.stock.to_string(), open.to_string()]);
+            call = call.arg(told.category).arg(told.total).arg(told.stock).arg(open);
         }
-        reply::accept(&self.run(&script::ACCEPT, key::event(event), args).await?)
+        reply::accept(&self.run(&script::ACCEPT, call).await?)
     }
 
     async fn order(&self, report: &OrderReport) -> Result<OrderOutcome, LedgerError> {
@@ -633,13 +632,13 @@ impl Ledger for RedisLedger {
 
     async fn enter(&self, user: UserId, session: SessionId) -> Result<Presence, LedgerError> {
         // The index first, so that it is never too small.
-        let hosted = self.run(&script::HOST, vec![key::hosted(self.replica)], vec![user.to_string()]).await?;
-        reply::said(&hosted, "hosted")?;
-        let args = vec![session.to_string(), self.replica.to_string()];
-        let generation = reply::entered(self.run(&script::ENTER, vec![key::user(user)], args).await?)?;
+        let call = Call::new().key(key::hosted(self.replica)).arg(user);
+        reply::said(&self.run(&script::HOST, call).await?, "hosted")?;
+        let call = Call::new().key(key::user(user)).arg(session).arg(self.replica);
+        let generation = reply::entered(self.run(&script::ENTER, call).await?)?;
         let adopt = |event| async move {
-            let args = [user.to_string(), generation.to_string()];
-            reply::locks(self.event(&script::ADOPT, event, [], args).await?, user)
+            let call = Call::about(event).arg(user).arg(generation);
+            reply::locks(self.run(&script::ADOPT, call).await?, user)
         };
         let locks = self.in_events_of(user, adopt).await?;
         Ok(Presence { generation, locks })
@@ -659,9 +658,8 @@ impl Ledger for RedisLedger {
     }
 
     async fn sweep(&self) -> Result<Swept, LedgerError> {
-        let args = vec![SWEEP_EVENTS_MAX.to_string(), ms(CLAIM)];
-        let (claimed_ms, next_ms, events) =
-            reply::due::<EventId>(self.run(&script::DUE, vec![key::DUE.to_owned()], args).await?)?;
+        let call = Call::new().key(key::DUE).arg(SWEEP_EVENTS_MAX).arg(whole_ms(CLAIM));
+        let (claimed_ms, next_ms, events) = reply::due::<EventId>(self.run(&script::DUE, call).await?)?;
         let mut swept = Swept::default();
         let mut next = u64::try_from(next_ms).ok().map(Duration::from_millis);
         for one in join_all(events.into_iter().map(|event| self.sweep_event(event, claimed_ms))).await {
@@ -677,9 +675,8 @@ impl Ledger for RedisLedger {
     }
 
     async fn reap(&self, grace: Duration) -> Result<u64, LedgerError> {
-        let args = vec![REAP_REPLICAS_MAX.to_string(), ms(REAP_CLAIM)];
-        let claimed = self.run(&script::DUE, vec![key::DEAD.to_owned()], args).await?;
-        let (claimed_ms, _, replicas) = reply::due::<String>(claimed)?;
+        let call = Call::new().key(key::DEAD).arg(REAP_REPLICAS_MAX).arg(whole_ms(REAP_CLAIM));
+        let (claimed_ms, _, replicas) = reply::due::<String>(self.run(&script::DUE, call).await?)?;
         let mut users = 0;
         for replica in replicas {
             users += self.reap_replica(&replica, claimed_ms, grace).await?;
@@ -706,8 +703,8 @@ impl Ledger for RedisLedger {
         let events: Vec<EventId> = members.iter().filter_map(|text| text.parse().ok()).collect();
         for portion in events.chunks(PARALLEL) {
             let tally = |event: &EventId| {
-                let keys = key::event(*event);
-                self.run(&script::TALLY, keys[..2].to_vec(), Vec::new())
+                let call = Call::new().key(key::of_event(*event, "counts")).key(key::of_event(*event, "deadlines"));
+                self.run(&script::TALLY, call)
             };
             for answer in join_all(portion.iter().map(tally)).await {
                 fleet.add(reply::tally(answer?)?);
@@ -789,12 +786,7 @@ fn channel(topic: Topic) -> String {
     }
 }
 
-/// Whole milliseconds, as scripts take them.
-fn ms(interval: Duration) -> String {
-    whole_ms(interval).to_string()
-}
-
 /// "" for nothing: how scripts are told that a caller does not say.
-fn text(value: Option<impl ToString>) -> String {
-    value.map_or_else(String::new, |value| value.to_string())
+fn text(value: Option<impl Display>) -> impl Display {
+    from_fn(move |f| value.as_ref().map_or(Ok(()), |value| value.fmt(f)))
 }

@@ -4,33 +4,39 @@
 use std::str::FromStr;
 use std::time::Duration;
 
-use super::LedgerError;
 use super::driver::Reply;
 use super::script::Script;
+use super::{LedgerError, ends};
 use crate::domain::{
-    AcceptOutcome, AskOutcome, Availability, BookStats, CategoryId, ConfirmOutcome, EventId, Grant, Instant, Lock,
-    LockId, LockOutcome, LockStatus, Quantity, ReleaseOutcome, RestoreOutcome, SnapshotNumber, UserId, ValidateOutcome,
+    AcceptOutcome, AskOutcome, Availability, BookStats, CategoryId, ConfirmOutcome, End, EndReason, EventId, Grant,
+    Instant, Lock, LockId, LockOutcome, LockStatus, Quantity, ReleaseOutcome, RestoreOutcome, SnapshotNumber, UserId,
+    ValidateOutcome,
 };
 
 /// A reply being read, front to back.
 pub(super) struct Parts {
     script: &'static str,
-    whole: String,
+    /// All of it, for the error that it may be.
+    whole: Vec<Reply>,
+    /// How many were read.
+    read: usize,
     word: String,
-    rest: std::vec::IntoIter<Reply>,
 }
 
 impl Parts {
     /// Splits a reply into its word and the rest.
     pub(super) fn new(script: &'static Script, reply: Reply) -> Result<Self, LedgerError> {
-        let mut whole = format!("{reply:?}");
-        whole.truncate(whole.char_indices().nth(200).map_or(whole.len(), |(at, _)| at));
-        let Reply::Array(parts) = reply else {
-            return Err(LedgerError::Protocol { script: script.name, reply: whole });
-        };
-        let mut parts = Self { script: script.name, whole, word: String::new(), rest: parts.into_iter() };
+        if !reply.is_array() {
+            return Err(Self::of(script.name, vec![reply]).unexpected());
+        }
+        let whole = reply.into_array();
+        let mut parts = Self::of(script.name, whole);
         parts.word = parts.text()?;
         Ok(parts)
+    }
+
+    fn of(script: &'static str, whole: Vec<Reply>) -> Self {
+        Self { script, whole, read: 0, word: String::new() }
     }
 
     pub(super) fn word(&self) -> &str {
@@ -39,20 +45,35 @@ impl Parts {
 
     /// The error for a reply that says something else than the script documents.
     pub(super) fn unexpected(&self) -> LedgerError {
-        LedgerError::Protocol { script: self.script, reply: self.whole.clone() }
+        let mut reply = format!("{:?}", self.whole);
+        reply.truncate(reply.char_indices().nth(200).map_or(reply.len(), |(at, _)| at));
+        LedgerError::Protocol { script: self.script, reply }
     }
 
-    fn next(&mut self) -> Result<Reply, LedgerError> {
-        self.rest.next().ok_or_else(|| LedgerError::Protocol { script: self.script, reply: self.whole.clone() })
+    fn next(&mut self) -> Result<&Reply, LedgerError> {
+        let next = self.whole.get(self.read).ok_or_else(|| self.unexpected())?;
+        self.read += 1;
+        Ok(next)
+    }
+
+    fn left(&self) -> usize {
+        self.whole.len() - self.read
     }
 
     pub(super) fn text(&mut self) -> Result<String, LedgerError> {
-        self.next()?.into_string().ok_or_else(|| self.unexpected())
+        self.next()?.as_string().ok_or_else(|| self.unexpected())
     }
 
     /// A part that reads as `T`: numbers, ids.
     pub(super) fn read<T: FromStr>(&mut self) -> Result<T, LedgerError> {
-        self.text()?.parse().map_err(|_| self.unexpected())
+        // Most are texts already, and read where they are.
+        let part = self.next()?;
+        let read = if let Reply::String(text) = part {
+            text.parse().ok()
+        } else {
+            part.as_string().and_then(|text| text.parse().ok())
+        };
+        read.ok_or_else(|| self.unexpected())
     }
 
     pub(super) fn instant(&mut self) -> Result<Instant, LedgerError> {
@@ -67,19 +88,19 @@ impl Parts {
 
     /// The remaining parts, each a list of its own.
     pub(super) fn lists(&mut self) -> Result<Vec<Self>, LedgerError> {
-        let mut lists = Vec::with_capacity(self.rest.len());
-        while let Some(reply) = self.rest.next() {
-            let Reply::Array(parts) = reply else { return Err(self.unexpected()) };
-            let (script, whole) = (self.script, self.whole.clone());
-            lists.push(Self { script, whole, word: String::new(), rest: parts.into_iter() });
+        let mut lists = Vec::with_capacity(self.left());
+        while self.left() > 0 {
+            let script = self.script;
+            let Reply::Array(parts) = self.next()? else { return Err(self.unexpected()) };
+            lists.push(Self::of(script, parts.clone()));
         }
         Ok(lists)
     }
 
     /// The remaining parts as texts.
     pub(super) fn texts(&mut self) -> Result<Vec<String>, LedgerError> {
-        let mut texts = Vec::with_capacity(self.rest.len());
-        while self.rest.len() > 0 {
+        let mut texts = Vec::with_capacity(self.left());
+        while self.left() > 0 {
             texts.push(self.text()?);
         }
         Ok(texts)
@@ -148,32 +169,41 @@ pub(super) fn validate(mut parts: Parts) -> Result<ValidateOutcome, LedgerError>
     }
 }
 
-/// The outcome, and whether the order was reported before its lock was confirmed.
-pub(super) fn confirm(parts: &Parts) -> Result<(ConfirmOutcome, bool), LedgerError> {
-    match parts.word() {
-        "confirmed" => Ok((ConfirmOutcome::Confirmed, false)),
-        "confirmed_reported" => Ok((ConfirmOutcome::Confirmed, true)),
-        "already_confirmed" => Ok((ConfirmOutcome::AlreadyConfirmed, false)),
-        "other_order" => Ok((ConfirmOutcome::OtherOrder, false)),
-        "wrong_user" => Ok((ConfirmOutcome::WrongUser, false)),
-        "expired" => Ok((ConfirmOutcome::Expired, false)),
-        "released" => Ok((ConfirmOutcome::Released, false)),
-        "not_found" => Ok((ConfirmOutcome::NotFound, false)),
-        _ => Err(parts.unexpected()),
-    }
+/// The outcome, whether the order was reported before its lock was confirmed, and the end that the call was.
+pub(super) fn confirm(mut parts: Parts) -> Result<((ConfirmOutcome, bool), Option<End>), LedgerError> {
+    let outcome = match parts.word() {
+        "confirmed" | "confirmed_reported" => {
+            let reported = parts.word() == "confirmed_reported";
+            let end = ends::called(EndReason::Confirmed, parts.read()?);
+            return Ok(((ConfirmOutcome::Confirmed, reported), end));
+        }
+        "already_confirmed" => ConfirmOutcome::AlreadyConfirmed,
+        "other_order" => ConfirmOutcome::OtherOrder,
+        "wrong_user" => ConfirmOutcome::WrongUser,
+        "expired" => ConfirmOutcome::Expired,
+        "released" => ConfirmOutcome::Released,
+        "not_found" => ConfirmOutcome::NotFound,
+        _ => return Err(parts.unexpected()),
+    };
+    Ok(((outcome, false), None))
 }
 
-pub(super) fn release(mut parts: Parts, id: LockId) -> Result<ReleaseOutcome, LedgerError> {
-    match parts.word() {
-        "released" => Ok(ReleaseOutcome::Released(released_lock(&mut parts, id)?)),
-        "already_released" => Ok(ReleaseOutcome::AlreadyReleased(released_lock(&mut parts, id)?)),
-        "released_by_other" => Ok(ReleaseOutcome::ReleasedByOther),
-        "confirmed" => Ok(ReleaseOutcome::Confirmed),
-        "wrong_user" => Ok(ReleaseOutcome::WrongUser),
-        "expired" => Ok(ReleaseOutcome::Expired),
-        "not_found" => Ok(ReleaseOutcome::NotFound),
-        _ => Err(parts.unexpected()),
-    }
+/// The outcome, and the end that the call was.
+pub(super) fn release(mut parts: Parts, id: LockId) -> Result<(ReleaseOutcome, Option<End>), LedgerError> {
+    let outcome = match parts.word() {
+        "released" => {
+            let released = ReleaseOutcome::Released(released_lock(&mut parts, id)?);
+            return Ok((released, ends::called(EndReason::Released, parts.read()?)));
+        }
+        "already_released" => ReleaseOutcome::AlreadyReleased(released_lock(&mut parts, id)?),
+        "released_by_other" => ReleaseOutcome::ReleasedByOther,
+        "confirmed" => ReleaseOutcome::Confirmed,
+        "wrong_user" => ReleaseOutcome::WrongUser,
+        "expired" => ReleaseOutcome::Expired,
+        "not_found" => ReleaseOutcome::NotFound,
+        _ => return Err(parts.unexpected()),
+    };
+    Ok((outcome, None))
 }
 
 fn released_lock(parts: &mut Parts, id: LockId) -> Result<Lock, LedgerError> {
@@ -298,22 +328,35 @@ pub(super) fn order(mut parts: Parts) -> Result<OrderReply, LedgerError> {
 /// What `sweep` says about one event.
 pub(super) struct EventSweep {
     pub(super) expired: u64,
+    /// Whether the end of some locks is still to be written down.
+    pub(super) left: bool,
     pub(super) refresh: bool,
     /// Until something is due there again, ms; -1 when nothing is.
     pub(super) next_ms: i64,
+    /// The locks that reached their deadline and were ended since the last sweep, by any script.
+    pub(super) ends: Vec<End>,
     pub(super) old: Vec<String>,
+}
+
+impl EventSweep {
+    /// Whether another sweep would find something to do.
+    pub(super) fn goes_on(&self) -> bool {
+        self.next_ms == 0 && (self.expired > 0 || self.left)
+    }
 }
 
 pub(super) fn sweep(mut parts: Parts) -> Result<EventSweep, LedgerError> {
     if parts.word() != "swept" {
         return Err(parts.unexpected());
     }
-    let (expired, refresh, next_ms) = (parts.read()?, parts.read::<u8>()? == 1, parts.read()?);
+    let (expired, left) = (parts.read()?, parts.read::<u8>()? == 1);
+    let (refresh, next_ms) = (parts.read::<u8>()? == 1, parts.read()?);
+    let ends = ends::read(&parts.text()?, &parts)?;
     let old = match parts.lists()?.pop() {
         Some(mut members) => members.texts()?,
         None => return Err(parts.unexpected()),
     };
-    Ok(EventSweep { expired, refresh, next_ms, old })
+    Ok(EventSweep { expired, left, refresh, next_ms, ends, old })
 }
 
 pub(super) fn tally(mut parts: Parts) -> Result<BookStats, LedgerError> {

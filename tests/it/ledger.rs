@@ -247,6 +247,12 @@ on_both! {
             assert_eq!(swept.next == Some(Duration::ZERO), expired < 1500, "{swept:?}");
         }
         assert_eq!(on.counts(event(1), 1).await, (1503, 0, 0));
+        // What their users held follows.
+        let mut sweeps = 0;
+        while on.ledger.stats().await.unwrap().users_with_locks > 0 {
+            assert_eq!((on.ledger.sweep().await.unwrap().expired, sweeps < 3), (0, true));
+            sweeps += 1;
+        }
     }
 
     /// GCRA: a burst, then one per interval; a refusal costs nothing and says when to come back.
@@ -726,6 +732,35 @@ on_both! {
         assert_eq!(on.counts(event(1), 1).await, (7, 0, 0));
         on.step(Duration::from_secs(5)).await;
         assert_eq!(on.ledger.sweep().await.unwrap().refresh, []);
+    }
+
+    /// Who confirms again has not had the answer and is still to sell: the time limit begins anew, but not after it.
+    async fn a_repeated_confirm_has_the_whole_time_to_report(on: &Stepped) {
+        on.stock(event(1), &[(1, 9, 9)]).await;
+        let lock = on.grant(event(1), 1, 7, 2).await;
+        let order = order_id("A");
+        let confirm = async || on.ledger.confirm(lock, None, Some(&order)).await.unwrap();
+        assert_eq!(confirm().await, ConfirmOutcome::Confirmed);
+        on.step(SETTLE - MS).await;
+        let other = on.ledger.confirm(lock, None, Some(&order_id("B"))).await.unwrap();
+        assert_eq!((confirm().await, other), (ConfirmOutcome::AlreadyConfirmed, ConfirmOutcome::OtherOrder));
+        on.step(SETTLE - MS).await;
+        on.stock(event(1), &[(1, 9, 9)]).await;
+        assert_eq!(on.counts(event(1), 1).await, (7, 0, 2), "it waits for its order");
+        on.ledger.confirm(lock, None, Some(&order_id("B"))).await.unwrap();
+        on.step(MS).await;
+        on.stock(event(1), &[(1, 9, 9)]).await;
+        assert_eq!(on.counts(event(1), 1).await, (9, 0, 0), "another order's confirm is no word of this one");
+        assert_eq!(confirm().await, ConfirmOutcome::AlreadyConfirmed);
+        assert_eq!(on.counts(event(1), 1).await, (9, 0, 0));
+        // Reported, it is as good as sold: the first snapshot shows it.
+        let lock = on.grant(event(1), 1, 8, 2).await;
+        let sold = order_id("C");
+        on.ledger.confirm(lock, None, Some(&sold)).await.unwrap();
+        on.ledger.order(&report(event(1), "C", 1, 8, 2, OrderResult::Completed)).await.unwrap();
+        on.ledger.confirm(lock, None, Some(&sold)).await.unwrap();
+        on.stock(event(1), &[(1, 9, 7)]).await;
+        assert_eq!(on.counts(event(1), 1).await, (7, 0, 0));
     }
 
     /// Changes and their announcements are one step; owners are told of their own locks' ends.

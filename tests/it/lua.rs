@@ -224,6 +224,7 @@ async fn restore_replies(on: &Bench) {
 
 /// What the scripts about users, replicas and the fleet answer.
 async fn fleet_replies(on: &Bench) {
+    assert_eq!(on.alone("due", &["due"], &["64", "1000"]).await[..2], ["due", "-1"], "nothing ever");
     assert_eq!(on.alone("touch", &["due", "events"], &["1", "700"]).await, ["touched"]);
     assert_eq!(on.alone("due", &["due"], &["64", "1000"]).await[..2], ["due", "700"]);
     on.pass(700).await;
@@ -400,6 +401,122 @@ async fn every_tombstone_has_its_own_lifetime() {
     lives("counts", 25.0).await;
 }
 
+/// What only notes that something ended, or that it was there already, renews the lifetime of the counts too. A rate is
+/// kept until it limits nobody.
+#[tokio::test]
+async fn endings_and_repeats_renew_lifetimes() {
+    let on = Bench::new().await;
+    on.stock(&["1", "9", "9", "1"]).await;
+    let forget = async || assert!(on.client.persist::<bool, _>("counts").await.expect("PERSIST answers"));
+    let args = ["lock-1", "7", "1", "1", "300000", "600000", "0", "100000", "20", "", "0", "1"];
+    assert_eq!(on.event("lock", &["lock-1", "request", "rate"], &args).await[0], "granted");
+    let rate = on.server.pttl("rate").await;
+    assert!((1..=100).contains(&rate), "a try of ten a second counts for {rate} ms");
+    forget().await;
+    assert_eq!(on.event("lock", &["lock-2", "request", "rate"], &args).await[0], "granted_before");
+    on.every_key_ends().await;
+    for key in ["deadlines", "holders"] {
+        assert!(on.client.persist::<bool, _>(key).await.expect("PERSIST answers"), "{key}");
+    }
+    assert_eq!(on.event("validate", &[], &["7", "1", "1", "60000"]).await[0], "valid");
+    on.every_key_ends().await;
+    forget().await;
+    assert_eq!(on.release("lock-1", "owner", "7").await, "released");
+    on.every_key_ends().await;
+}
+
+/// A sale that is written down again lives as long as one that was never lost, with everything written beside it.
+#[tokio::test]
+async fn a_restored_sale_has_a_lifetime() {
+    let on = Bench::new().await;
+    on.stock(&["1", "9", "9", "1"]).await;
+    let given = ["lock-1", "7", "1", "1", "1", "1", "600000", "", "1", "confirmed", "A", "30000", ""];
+    assert_eq!(on.event("restore", &["lock-1", "lock-1", "order-A"], &given).await, ["restored"]);
+    on.every_key_ends().await;
+    let left = on.server.pttl("lock-1").await;
+    assert!((86_340_000..=86_400_000).contains(&left), "a day: {left} ms");
+}
+
+/// Nothing is left of an expired lock whose tombstone is old enough.
+#[tokio::test]
+async fn a_buried_lock_leaves_nothing() {
+    let on = Bench::new().await;
+    on.stock(&["1", "9", "9", "1"]).await;
+    on.lock("lock-1", "7", "1", "1").await;
+    on.pass(300_000).await;
+    on.event("sweep", &[], &["60000"]).await;
+    let keys =
+        async || on.server.keys().await.iter().filter(|key| *key != "test:clock").cloned().collect::<BTreeSet<_>>();
+    assert_eq!(keys().await, ["counts", "ended", "holders", "lock-1"].map(str::to_owned).into());
+    assert_eq!(on.alone("bury", &["ended", "holders", "lock-1"], &["lock-1|1|1|7"]).await, ["buried"]);
+    assert_eq!(keys().await, ["counts".to_owned()].into());
+}
+
+/// Who may claim fewer events than are due is told that the next is due now.
+#[tokio::test]
+async fn what_is_due_and_not_claimed_is_due_now() {
+    let on = Bench::new().await;
+    for event in ["1", "2"] {
+        on.alone("touch", &["due", "events"], &[event, "100"]).await;
+    }
+    on.pass(107).await;
+    let due = async || on.alone("due", &["due"], &["1", "1000"]).await;
+    let claim = (on.now_ms.get() + 1000).to_string();
+    assert_eq!(due().await, ["due", "0", &claim, "1"]);
+    assert_eq!(due().await, ["due", "1000", &claim, "2"]);
+}
+
+/// An event whose last lock may be on its way is looked at for a minute after it was touched, and then no more.
+#[tokio::test]
+async fn an_event_without_locks_is_dropped_after_a_minute() {
+    let on = Bench::new().await;
+    on.alone("touch", &["due", "events"], &["1", "1000"]).await;
+    on.pass(60_000).await;
+    let plan = async || on.alone("plan", &["due", "events"], &["1", "-1", "1900000000000", "0"]).await;
+    assert_eq!(plan().await, ["planned", "5000"]);
+    on.pass(1).await;
+    assert_eq!(plan().await, ["dropped"]);
+}
+
+/// A sale that the orders-service gives back waits for no report any more.
+#[tokio::test]
+async fn a_sale_given_back_is_not_settled() {
+    let on = Bench::new().await;
+    on.stock(&["1", "9", "9", "1"]).await;
+    on.lock("lock-1", "7", "1", "1").await;
+    on.confirm("lock-1", "7", "A").await;
+    assert!(on.server.keys().await.iter().any(|key| key == "settling"));
+    assert_eq!(on.release("lock-1", "orders", "7").await, "released");
+    assert!(!on.server.keys().await.iter().any(|key| key == "settling"));
+}
+
+/// One more lock is due than a call ends: it is over all the same, and its ticket is free for whoever wants it.
+#[tokio::test]
+async fn the_last_of_a_backlog_is_over_too() {
+    let on = Bench::new().await;
+    // Due at the same time, so in the order of their names; the last one is of the other category.
+    let wave = async || {
+        on.stock(&["1", "1", "1", "1", "2", "1000", "1000", "1"]).await;
+        for n in 1000..2000 {
+            assert_eq!(on.lock(&format!("lock-{n}"), &n.to_string(), "2", "1").await[0], "granted");
+        }
+        assert_eq!(on.lock("lock-9", "9", "1", "1").await[0], "granted");
+        on.pass(300_000).await;
+    };
+    let tombs_gone = async || {
+        on.pass(700_000).await;
+        while on.event("sweep", &[], &["0"]).await[2] == "1" {}
+    };
+    wave().await;
+    assert_eq!(on.release("lock-9", "owner", "9").await, "expired");
+    tombs_gone().await;
+    wave().await;
+    assert_eq!(on.confirm("lock-9", "9", "A").await, "expired");
+    tombs_gone().await;
+    wave().await;
+    assert_eq!(on.lock("lock-8", "8", "1", "1").await[0], "granted");
+}
+
 /// A user's index forgets an event a minute after the last try there, a fleet a replica with its lease.
 #[tokio::test]
 async fn indexes_forget_in_time() {
@@ -518,7 +635,7 @@ async fn the_horizon_of_warnings_moves_on() {
 #[tokio::test]
 async fn a_sweep_says_when_to_come_again() {
     let on = Bench::new().await;
-    let next = async || on.event("sweep", &[], &["60000"]).await[3].clone();
+    let next = async || on.event("sweep", &[], &["60000"]).await[4].clone();
     on.stock(&["1", "9", "9", "1"]).await;
     assert_eq!(next().await, "-1");
     on.lock("lock-1", "7", "1", "1").await;
@@ -529,8 +646,156 @@ async fn a_sweep_says_when_to_come_again() {
     on.confirm("lock-1", "7", "").await;
     on.lock("lock-2", "8", "1", "1").await;
     assert_eq!(next().await, "30000", "the time limit of its order, before the other's warning");
+    on.pass(30_007).await;
+    assert_eq!(next().await, "0", "nobody said so in time");
     on.order("A", "7", "1", "completed").await;
-    assert_eq!(next().await, "240000", "the other's warning");
+    assert_eq!(next().await, "209993", "the other's warning");
+    assert!(on.client.persist::<bool, _>("counts").await.expect("PERSIST answers"));
+    assert_eq!(next().await, "209993");
+    on.every_key_ends().await;
     on.pass(300_000).await;
-    assert_eq!(next().await, "600000", "the end of the other's tombstone");
+    assert_eq!(next().await, "569993", "the end of the other's tombstone");
+}
+
+/// What waits for its order is forgotten lock by lock, and a sale that no question was ever asked after is shown by the
+/// first snapshot.
+#[tokio::test]
+async fn a_settled_lock_waits_no_more() {
+    let on = Bench::new().await;
+    on.stock(&["1", "9", "9", "1"]).await;
+    for lock in ["lock-1", "lock-2"] {
+        on.lock(lock, "7", "1", "1").await;
+        assert_eq!(on.confirm(lock, "7", "").await, "confirmed");
+    }
+    on.client.hdel::<(), _, _>("counts", "counter").await.expect("HDEL answers");
+    on.order("A", "7", "1", "completed").await;
+    let waiting: Option<String> = on.client.hget("holders", "7~1").await.expect("HGET answers");
+    assert_eq!(waiting.as_deref(), Some("lock-2:1:"));
+    let mark: Option<f64> = on.client.zscore("sold", "lock-1|1|1|7").await.expect("ZSCORE answers");
+    assert_eq!(mark, Some(0.0));
+    on.order("B", "7", "1", "completed").await;
+    let waiting: Option<String> = on.client.hget("holders", "7~1").await.expect("HGET answers");
+    assert_eq!(waiting, None);
+}
+
+/// Of a wave of expiries the counts come first. Until the rest is written down too, whoever asks for one of the locks
+/// and whoever is limited by one of them is served all the same, and what a user holds is let go once.
+#[tokio::test]
+async fn a_wave_is_counted_before_it_is_written_down() {
+    const LOCKS: usize = 2050;
+    let on = Bench::new().await;
+    on.stock(&["1", "2100", "2100", "1", "2", "9", "9", "1"]).await;
+    let grant = async |lock: &str, user: &str, category: &str, held_max: &str| {
+        let more = ["300000", "9000000", held_max, "0", "1", "", "0", ""];
+        let args: Vec<&str> = [lock, user, category, "1"].into_iter().chain(more).collect();
+        on.event("lock", &[lock, lock, "rate"], &args).await
+    };
+    // All deadlines are the same, so that they are due in the order of their names.
+    let names: Vec<(String, String)> = (1000..1000 + LOCKS).map(|n| (format!("lock-{n}"), n.to_string())).collect();
+    for (lock, user) in &names {
+        assert_eq!(grant(lock, user, "1", "1").await[0], "granted");
+    }
+    let users = async || on.alone("tally", &["counts", "deadlines"], &[]).await[5].clone();
+    let sweep = async || on.event("sweep", &[], &["0"]).await[1..5].join(" ");
+    let free = async || {
+        let counts: String = on.client.hget("counts", "1").await.expect("HGET answers");
+        2100 - counts.split(' ').nth(3).expect("six numbers").parse::<usize>().expect("a number")
+    };
+    let found = async |at: usize| on.event("find", &[&names[at].0], &[&names[at].0]).await[1..].join(" ");
+    assert_eq!((free().await, users().await), (50, LOCKS.to_string()));
+    on.pass(300_000).await;
+    let ended = on.now_ms.get().to_string();
+
+    for key in ["counts", "holders"] {
+        assert!(on.client.persist::<bool, _>(key).await.expect("PERSIST answers"), "{key}");
+    }
+    assert_eq!(sweep().await, "1000 1 0 0", "the counts of a thousand, and the rest is left");
+    assert_eq!((free().await, users().await), (1050, LOCKS.to_string()), "nobody has let go yet");
+    on.every_key_ends().await;
+    assert_eq!(sweep().await, "1000 1 0 0");
+    assert_eq!((free().await, users().await), (2050, LOCKS.to_string()));
+    assert!(found(249).await.starts_with("expired "), "the last of the first 250, which are written down for it");
+    assert_eq!(users().await, "1800", "and no more than that");
+    assert!(found(1500).await.starts_with(&format!("expired {} 1 1 ", names[1500].1)), "by seven calls in one");
+    assert_eq!(found(1500).await.split(' ').nth(5), Some(ended.as_str()), "with its deadline");
+    assert_eq!(users().await, "300");
+    on.every_key_ends().await;
+    assert_eq!(found(2049).await.split(' ').next(), Some("expired"), "due, and not ended yet");
+
+    // The last fifty are ended whole by the call that finds them.
+    assert_eq!(grant("lock-a", &names[2049].1, "1", "1").await[0], "granted");
+    assert_eq!((free().await, users().await), (2099, "251".to_owned()));
+    assert_eq!(sweep().await, "0 0 0 300000", "the 250 that are left");
+    let holders: usize = on.client.hlen("holders").await.expect("HLEN answers");
+    assert_eq!(holders, LOCKS + 1, "each lock until its tombstone goes, and one user");
+    assert_eq!(sweep().await, "0 0 0 300000");
+
+    // The same again, for a user who may hold one: that nobody has let go yet is not held against her.
+    on.pass(600_000).await;
+    for (lock, user) in &names[..1000] {
+        assert_eq!(grant(lock, user, "1", "1").await[0], "granted");
+    }
+    on.pass(300_000).await;
+    assert_eq!(sweep().await.split(' ').next(), Some("1000"));
+    assert_eq!((free().await, users().await), (2100, "1000".to_owned()));
+    assert_eq!(grant("lock-b", &names[999].1, "2", "1").await[0], "granted");
+    assert_eq!(users().await, "1");
+    // One more than a call ends, two of them of one user.
+    for (lock, user) in &names[..1000] {
+        assert_eq!(grant(lock, user, "1", "9").await[0], "granted");
+    }
+    on.pass(300_000).await;
+    for left_and_users in [("1", "1000"), ("1", "1000"), ("1", "750"), ("1", "500"), ("1", "250"), ("0", "0")] {
+        let swept = sweep().await;
+        assert_eq!((swept.split(' ').nth(1).unwrap(), users().await.as_str()), left_and_users, "{swept}");
+    }
+    let holders: usize = on.client.hlen("holders").await.expect("HLEN answers");
+    assert_eq!(holders, LOCKS + 1, "each lock and lock-b until their tombstones go, and nobody's number");
+
+    // 250 are ended whole by whoever finds them, of one more the rest is left.
+    on.pass(600_000).await;
+    for (ends, users_left) in [(250, "0"), (251, "251")] {
+        for (lock, user) in &names[..ends] {
+            assert_eq!(grant(lock, user, "1", "1").await[0], "granted");
+        }
+        on.pass(300_000).await;
+        assert_eq!(sweep().await.split(' ').next(), Some(ends.to_string().as_str()));
+        assert_eq!((free().await, users().await.as_str()), (2100, users_left));
+        on.pass(600_000).await;
+    }
+}
+
+/// Every lock that stops being active is told once, with how long it was: by the call that ended it, or, where it reached
+/// its deadline, by the next sweep, whichever script met it first. What waits to be told is bounded.
+#[tokio::test]
+async fn every_end_is_told_once() {
+    let on = Bench::new().await;
+    let ends = async || on.event("sweep", &[], &["60000"]).await[5].clone();
+    on.stock(&["1", "9", "9", "1"]).await;
+    for (lock, user) in [("lock-1", "7"), ("lock-2", "8"), ("lock-3", "9"), ("lock-4", "10"), ("lock-0", "6")] {
+        on.lock(lock, user, "1", "1").await;
+    }
+    on.pass(1_500).await;
+    let args = ["lock-1", "7", "A", "30000"];
+    assert_eq!(on.event("confirm", &["lock-1", "order-A"], &args).await, ["confirmed", "1500"]);
+    on.pass(500).await;
+    let release = async |lock: &str| on.event("release", &[lock], &[lock, "orders", "", ""]).await.last().cloned();
+    assert_eq!(release("lock-2").await.as_deref(), Some("2000"));
+    assert_eq!(release("lock-1").await.as_deref(), Some("-1"), "its active life has ended before");
+    assert_eq!(ends().await, "", "nothing reached its deadline");
+    on.event("abandon", &[], &["9", "1", "15000"]).await;
+    on.pass(15_007).await;
+    on.event("availability", &[], &["86400000"]).await;
+    on.pass(283_000).await;
+    on.lock("lock-5", "11", "1", "1").await;
+    assert_eq!(ends().await, " abandoned:17000:7 expired:300000:7 expired:300000:7");
+    assert_eq!(ends().await, "");
+    on.client.hset::<(), _, _>("counts", ("#ends", "x".repeat(131_072))).await.expect("HSET answers");
+    on.pass(300_000).await;
+    assert_eq!(ends().await.trim_start_matches('x'), "", "as much as may wait");
+    on.stock(&["1", "9", "9", "1"]).await;
+    on.lock("lock-6", "12", "1", "1").await;
+    on.client.hset::<(), _, _>("counts", ("#ends", "x".repeat(131_071))).await.expect("HSET answers");
+    on.pass(300_000).await;
+    assert_eq!(ends().await.trim_start_matches('x'), " expired:300000:0");
 }

@@ -28,6 +28,12 @@ const PROBE_LOST_AFTER: Duration = Duration::from_millis(2500);
 /// The same when no probe can be sent either.
 const SILENT_AT_MOST: Duration = Duration::from_secs(10);
 
+/// Messages of Redis's that may wait for this process to take them: those of a wave of ten thousand deadlines.
+const MESSAGES_MAX: usize = 16_384;
+/// The same of what a client tells of itself, connections lost and made. It keeps several such queues, and their places
+/// are taken from the beginning: 11 MiB of 16,384 each.
+const EVENTS_MAX: usize = 256;
+
 /// How many channels are subscribed at once.
 const PORTION: usize = 500;
 
@@ -67,7 +73,7 @@ pub(super) fn builder(config: &Config, server: Option<&Server>, timeout: Duratio
     let mut builder = Builder::from_config(config);
     builder.with_performance_config(|performance| {
         performance.default_command_timeout = timeout;
-        performance.broadcast_channel_capacity = 16_384;
+        performance.broadcast_channel_capacity = EVENTS_MAX;
     });
     builder.with_connection_config(|connection| {
         connection.connection_timeout = Duration::from_secs(1);
@@ -88,9 +94,11 @@ impl Link {
     pub(super) fn start(driver: &Arc<Driver>, server: Option<Server>) -> Result<Arc<Self>, Error> {
         let mut builder = builder(&driver.config, server.as_ref(), driver.timeout);
         builder.set_policy(ReconnectPolicy::new_exponential(0, 50, 500, 2));
+        let commands = builder.build()?;
+        builder.with_performance_config(|performance| performance.broadcast_channel_capacity = MESSAGES_MAX);
         let link = Arc::new(Self {
             server,
-            commands: builder.build()?,
+            commands,
             subscriber: builder.build()?,
             timeout: driver.timeout,
             is_up: AtomicBool::new(false),
@@ -155,7 +163,7 @@ impl Link {
     pub(super) async fn wait(self: &Arc<Self>, replicas: u32, within: Duration) -> Result<Reply, Error> {
         let (sender, receiver) = oneshot::channel();
         {
-            let mut waits = self.waits.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut waits = lock(&self.waits);
             waits.next.push(sender);
             if !waits.is_running {
                 waits.is_running = true;
@@ -169,7 +177,7 @@ impl Link {
     async fn wait_for_all(self: Arc<Self>, replicas: u32, within: Duration) {
         loop {
             let waiting = {
-                let mut waits = self.waits.lock().unwrap_or_else(PoisonError::into_inner);
+                let mut waits = lock(&self.waits);
                 waits.is_running = !waits.next.is_empty();
                 std::mem::take(&mut waits.next)
             };
@@ -298,6 +306,9 @@ async fn watch_connection(
             () = link.stop.cancelled() => return,
             error = lost.recv() => match error {
                 Ok((error, _)) => {
+                    if up == Some(true) {
+                        metrics::LEDGER_DISCONNECTS.count(&[]);
+                    }
                     if up != Some(false) {
                         tracing::warn!(error = %error.details(), "Redis is not reachable");
                     }
@@ -360,6 +371,8 @@ async fn deliver(driver: Arc<Driver>, link: Arc<Link>) {
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let probe = link.server.as_ref().map_or(driver.probe.clone(), |server| format!("{}:{server}", driver.probe));
     let silence = Arc::new(Mutex::new(Silence::new()));
+    // When the oldest probe that was not heard yet was sent.
+    let mut sent: Option<Instant> = None;
     let mut subscribed = false;
     let mut gap = false;
     loop {
@@ -369,7 +382,11 @@ async fn deliver(driver: Arc<Driver>, link: Arc<Link>) {
                 Ok(message) => {
                     *lock(&silence) = Silence::new();
                     // A slot that has moved may leave a subscription behind.
-                    if *message.channel != *probe && link.has(&driver, &message.channel) {
+                    if *message.channel == *probe {
+                        if let Some(sent) = sent.take() {
+                            metrics::LEDGER_DELIVERY.observe(&[], sent.elapsed());
+                        }
+                    } else if link.has(&driver, &message.channel) {
                         let text = message.value.into_string().unwrap_or_default();
                         let delivery = Delivery::Message { channel: message.channel.to_string(), text };
                         gap |= driver.deliveries.try_send(delivery).is_err();
@@ -385,6 +402,7 @@ async fn deliver(driver: Arc<Driver>, link: Arc<Link>) {
                 if matches!(server, Err(RecvError::Closed)) {
                     return;
                 }
+                sent = None;
                 subscribed = link.resubscribe(&driver, &probe).await;
                 gap = true;
                 *lock(&silence) = Silence::new();
@@ -404,6 +422,9 @@ async fn deliver(driver: Arc<Driver>, link: Arc<Link>) {
                     subscribed = false;
                     *lock(&silence) = Silence::new();
                     reconnect(client);
+                }
+                if subscribed {
+                    sent.get_or_insert_with(Instant::now);
                 }
                 // In a task of its own: a Redis that does not answer must not keep this loop from delivering.
                 let (commands, probe, silence) = (link.commands.clone(), probe.clone(), Arc::clone(&silence));

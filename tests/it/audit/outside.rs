@@ -128,6 +128,7 @@ type Findings = Vec<(&'static str, bool)>;
 type Attempts<T> = Vec<(Span, T)>;
 
 /// One lock's life, as far as it is known.
+#[derive(Debug)]
 struct Life {
     user: u64,
     request: String,
@@ -177,7 +178,8 @@ pub fn complaints(seen: &[(Span, Seen)], rules: Rules) -> Vec<String> {
     }
     for (span, seen) in seen {
         for complaint in outside.judge(*span, seen) {
-            outside.complaints.push(format!("{complaint}: {seen:?} at {span:?}"));
+            let known = outside.known_of(*span, seen);
+            outside.complaints.push(format!("{complaint}: {seen:?} at {span:?}; {known}"));
         }
     }
     outside.complaints
@@ -304,16 +306,19 @@ impl<'a> Outside<'a> {
     }
 
     /// It was active when Redis lost its data, and its owner was connected all the time: it must be there again, unless
-    /// its owner was told that it cannot be.
+    /// its owner was told that it cannot be, or wanted to give it back meanwhile and was told that it is gone.
     fn to_be_handed_back(&self, life: &Life, span: Span) -> bool {
-        let lost =
-            self.losses.iter().find(|loss| life.granted.ended + LOSS_MARGIN < loss.began && loss.ended < span.began);
-        let Some(lost) = lost else { return false };
+        // The first that may have taken it: who lost it then, for a reason or not, has nothing that a later one takes.
+        let Some(lost) = self.losses.iter().find(|loss| life.granted.began <= loss.ended) else { return false };
+        if lost.began <= life.granted.ended + LOSS_MARGIN || span.began <= lost.ended {
+            return false;
+        }
         let own = self.aways.get(&Some(life.user)).into_iter().flatten();
         let mut aways = own.chain(self.aways.get(&None).into_iter().flatten());
         span.ended + SLACK < life.told.expires
             && !Self::maybe_ended(life, span.ended, None)
             && !aways.any(|away| away.overlaps(&Span { began: lost.began, ended: span.ended }))
+            && !life.unlocks.iter().any(|(unlock, _)| unlock.ended >= lost.began)
             && !self.expired.contains(life.told.lock.as_str())
     }
 
@@ -336,15 +341,44 @@ impl<'a> Outside<'a> {
         life.granted.ended <= server && self.surely_active(life, Span::at(server), None)
     }
 
-    fn surely_given_back(life: &Life, before: u64) -> bool {
+    /// For good: a replica that did not hear of it before Redis lost its data may have brought the lock back.
+    fn surely_given_back(&self, life: &Life, before: u64) -> bool {
+        let unheard = |span: &Span| {
+            let late = Span { began: span.began, ended: span.ended + LOSS_MARGIN };
+            self.losses.iter().any(|loss| loss.began < before && late.overlaps(&Span::at(loss.began)))
+        };
         let given = |attempts: &Attempts<Option<bool>>| {
-            attempts.iter().any(|(span, answer)| *answer == Some(true) && span.ended < before)
+            attempts.iter().any(|(span, answer)| *answer == Some(true) && span.ended < before && !unheard(span))
         };
         given(&life.unlocks) || given(&life.releases)
     }
 
     fn lives_of(&self, user: u64) -> impl Iterator<Item = &Life> {
         self.of_user.get(&user).into_iter().flatten().map(|lock| &self.lives[lock])
+    }
+
+    /// Everything that was known of the user's locks in the minute before, for whoever reads a complaint.
+    fn known_of(&self, span: Span, seen: &Seen) -> String {
+        let user = match seen {
+            Seen::Granted { user, .. } | Seen::Listed { user, .. } | Seen::Validate { user, .. } => Some(*user),
+            Seen::Confirm { lock, .. } | Seen::Unlock { lock, .. } | Seen::Sold { lock } => {
+                self.lives.get(lock.as_str()).map(|life| life.user)
+            }
+            Seen::Release { .. }
+            | Seen::Wished { .. }
+            | Seen::Away { .. }
+            | Seen::AwayAll
+            | Seen::Tickets { .. }
+            | Seen::DataLost
+            | Seen::Expired { .. } => None,
+        };
+        let near = |at: u64| (span.began.saturating_sub(60_000)..=span.ended).contains(&at);
+        let spans = |of: &[Span]| of.iter().copied().filter(|span| near(span.ended)).collect::<Vec<_>>();
+        let aways = |of| spans(self.aways.get(of).map_or(&[], Vec::as_slice));
+        let lives: Vec<_> = self.lives_of(user.unwrap_or_default()).filter(|life| near(life.granted.began)).collect();
+        let expired: Vec<_> = lives.iter().map(|life| self.expired.contains(life.told.lock.as_str())).collect();
+        let (away, all_away, lost) = (aways(&user), aways(&None), spans(&self.losses));
+        format!("lost {lost:?}, away {away:?}, all away {all_away:?}, told of the end {expired:?} of {lives:#?}")
     }
 
     fn judge(&self, span: Span, seen: &Seen) -> Vec<&'static str> {
@@ -436,7 +470,7 @@ impl<'a> Outside<'a> {
                 continue;
             };
             findings.push(("another user's lock is listed", life.user != user));
-            findings.push(("listed after it had been given back", Self::surely_given_back(life, span.began)));
+            findings.push(("listed after it had been given back", self.surely_given_back(life, span.began)));
             findings.push(("listed after its deadline", span.began > self.deadline_max(life)));
         }
         findings
@@ -457,7 +491,7 @@ impl<'a> Outside<'a> {
         vec![
             ("valid by another's lock", (life.user, life.told.category) != (user, category)),
             ("valid by a lock of fewer tickets", life.told.quantity < quantity),
-            ("valid though given back", Self::surely_given_back(life, span.began)),
+            ("valid though given back", self.surely_given_back(life, span.began)),
             ("valid after its deadline", late && !unknown),
             ("valid for less than the window", expires + SLACK < span.began + self.rules.window),
         ]
@@ -472,7 +506,7 @@ impl<'a> Outside<'a> {
             let maybe = earlier().any(|(_, (_, answer))| *answer != Some(false));
             return vec![
                 ("confirmed for two orders", surely(false)),
-                ("confirmed after it had been given back", Self::surely_given_back(life, span.began)),
+                ("confirmed after it had been given back", self.surely_given_back(life, span.began)),
                 ("confirmed after its deadline", !maybe && span.began > self.deadline_max(life)),
             ];
         }

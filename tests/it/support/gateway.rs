@@ -86,6 +86,11 @@ pub fn options() -> GatewayOptions {
     GatewayOptions { disconnect_grace: Duration::from_millis(400), rate: None, ..GatewayOptions::default() }
 }
 
+/// What `lock-tickets` and `unlock-tickets` are asked with.
+pub fn lock(event: u64, category: u64, quantity: u64) -> Value {
+    json!({ "eventId": event, "categoryId": category, "quantity": quantity })
+}
+
 /// A replica on the embedded ledger.
 pub async fn replica(options: GatewayOptions) -> Replica {
     replica_on(Arc::new(MemoryLedger::new(ledger_options())), options).await
@@ -106,16 +111,23 @@ pub fn redis_ledger(url: String, timeout: Duration) -> Arc<dyn Ledger> {
 
 /// A replica on a ledger.
 pub async fn replica_on(ledger: Arc<dyn Ledger>, options: GatewayOptions) -> Replica {
+    replica_with_tick(ledger, options, Duration::from_millis(20)).await
+}
+
+/// A replica on a ledger that tells a room at most so often.
+pub async fn replica_with_tick(ledger: Arc<dyn Ledger>, options: GatewayOptions, tick: Duration) -> Replica {
     let stop = CancellationToken::new();
     let stock = Stock::new(Arc::clone(&ledger), Arc::new(catalogue()), StockOptions::default(), stop.clone());
     let keys = KeySource::Secret(SECRET.to_vec());
-    let verifier = TokenVerifier::new(VerifierOptions { keys, issuer: None, audience: None }).expect("a verifier");
+    let events_claim = Some("events".to_owned());
+    let verifier = VerifierOptions { keys, issuer: None, audience: None, events_claim };
+    let verifier = TokenVerifier::new(verifier).expect("a verifier");
     let gateway = Gateway::new(options, Arc::new(verifier), Arc::clone(&ledger), Arc::clone(&stock));
     let fanout = Fanout::start(
         Arc::clone(&ledger),
         Arc::clone(&stock),
         gateway.audience(),
-        FanoutOptions { tick: Duration::from_millis(20), ..FanoutOptions::default() },
+        FanoutOptions { tick, ..FanoutOptions::default() },
         stop.clone(),
     );
     gateway.attach(fanout);
@@ -229,10 +241,20 @@ impl Raw {
         query: &str,
         origin: Option<&str>,
     ) -> Result<Self, tokio_tungstenite::tungstenite::Error> {
+        let headers: Vec<_> = origin.map(|origin| ("origin", origin)).into_iter().collect();
+        Self::open_with(address, query, &headers).await
+    }
+
+    /// The same with these headers.
+    pub async fn open_with(
+        address: SocketAddr,
+        query: &str,
+        headers: &[(&'static str, &str)],
+    ) -> Result<Self, tokio_tungstenite::tungstenite::Error> {
         let url = format!("ws://{address}/socket.io/?{query}&EIO=4&transport=websocket");
         let mut request = url.into_client_request().expect("a request");
-        if let Some(origin) = origin {
-            request.headers_mut().insert("origin", origin.parse().expect("a header"));
+        for (name, value) in headers {
+            request.headers_mut().append(*name, value.parse().expect("a header"));
         }
         let (socket, _) = timeout(PATIENCE, tokio_tungstenite::connect_async(request)).await.expect("in time")?;
         let mut raw = Self { socket, asked: 0, greeting: Value::Null };
@@ -268,8 +290,9 @@ impl Raw {
         }
     }
 
+    /// Sends a text. A connection that has ended meanwhile is found at its end, by the next read.
     pub async fn send(&mut self, text: &str) {
-        self.socket.send(Message::text(text)).await.expect("an open connection");
+        self.socket.send(Message::text(text)).await.ok();
     }
 
     pub async fn next(&mut self) -> Got {

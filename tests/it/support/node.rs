@@ -1,11 +1,14 @@
 //! A Redis process on a TCP port, one of several that a test plugs together.
 
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
 use super::free_port;
+
+const LOG_LINES: usize = 80;
 
 /// A `redis-server` or sentinel in a folder of its own, killed when dropped.
 pub struct Node {
@@ -51,13 +54,25 @@ impl Node {
     pub async fn restart(&mut self, more: &[&str]) {
         assert!(self.child.is_none(), "it runs");
         let mut command = Command::new("redis-server");
-        command.args(&self.args).args(more).stdin(Stdio::null()).stdout(Stdio::null());
+        let log = std::fs::File::options().append(true).create(true).open(self.log_path()).expect("our folder");
+        command.args(&self.args).args(more).stdin(Stdio::null()).stdout(log);
         self.child = Some(command.spawn().expect("redis-server is installed (tests/run installs it)"));
         let deadline = Instant::now() + Duration::from_secs(10);
         while std::net::TcpStream::connect(("127.0.0.1", self.port)).is_err() {
             assert!(Instant::now() < deadline, "redis-server did not start within 10 s");
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
+    }
+
+    fn log_path(&self) -> PathBuf {
+        self.folder.path().join("log")
+    }
+
+    /// The last lines that it has logged.
+    pub fn log(&self) -> String {
+        let text = std::fs::read_to_string(self.log_path()).unwrap_or_default();
+        let lines: Vec<&str> = text.lines().collect();
+        lines[lines.len().saturating_sub(LOG_LINES)..].join("\n")
     }
 
     /// `kill -9`.

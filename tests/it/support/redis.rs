@@ -8,6 +8,8 @@ use fred::clients::Client;
 use fred::interfaces::{ClientLike, KeysInterface};
 use fred::types::config::Config;
 use tempfile::TempDir;
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines};
+use tokio::net::UnixStream;
 
 /// A `redis-server` on a unix socket in a folder of its own, without persistence; killed when dropped.
 pub struct RedisServer {
@@ -75,6 +77,16 @@ impl RedisServer {
         let client = Client::new(config, None, None, None);
         client.init().await.expect("the server answers");
         client
+    }
+
+    /// Everything that is published on a channel from now on, as lines of RESP, on a connection that waits however long
+    /// the server is stopped.
+    pub async fn overhear(&self, channel: &str) -> Lines<BufReader<UnixStream>> {
+        let mut stream = UnixStream::connect(self.socket()).await.expect("the server listens");
+        stream.write_all(format!("SUBSCRIBE {channel}\r\n").as_bytes()).await.expect("the server reads");
+        let mut lines = BufReader::new(stream).lines();
+        while lines.next_line().await.expect("RESP").expect("an answer") != ":1" {}
+        lines
     }
 
     /// Listens on a TCP port of the loopback too; which one.

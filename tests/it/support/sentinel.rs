@@ -1,5 +1,6 @@
 //! A master, two Redis replicas and three sentinels.
 
+use std::fmt::Write as _;
 use std::time::Duration;
 
 use super::node::{Node, until};
@@ -67,9 +68,33 @@ impl Sentinels {
         self.servers.iter().position(|server| server.port == port)
     }
 
-    /// Waits until the master has two Redis replicas that follow it.
+    /// What each sentinel and each server thinks, for whoever has to find out what went wrong.
+    pub async fn say(&self) -> String {
+        let mut said = String::new();
+        for sentinel in &self.watchers {
+            let master = sentinel.ask(&["SENTINEL", "master", NAME]).await;
+            let fields = ["port", "flags", "num-slaves", "num-other-sentinels", "config-epoch"];
+            let fields = fields.map(|name| format!("{name} {}", field(&master, name)));
+            let itself = sentinel.ask(&["INFO", "sentinel"]).await;
+            writeln!(said, "\nsentinel {}: {}\n{itself}", sentinel.port, fields.join(", ")).expect("a text");
+        }
+        for server in &self.servers {
+            let roles = server.ask(&["INFO", "replication"]).await;
+            let clients = server.ask(&["CLIENT", "LIST"]).await;
+            writeln!(said, "\nserver {}:\n{roles}\n{clients}", server.port).expect("a text");
+        }
+        said
+    }
+
+    /// Waits until the master has two Redis replicas that follow it and no sentinel is still at a failover: it would name
+    /// the server that it has promoted for as long as that one is dead.
     pub async fn whole(&self) {
         until("two Redis replicas follow the master", Duration::from_secs(30), async || {
+            for watcher in &self.watchers {
+                if watcher.ask(&["SENTINEL", "master", NAME]).await.contains("failover_in_progress") {
+                    return false;
+                }
+            }
             let Some(master) = self.master().await else { return false };
             let said = self.servers[master].ask(&["INFO", "replication"]).await;
             said.contains("role:master") && said.matches("state=online").count() == 2
@@ -88,6 +113,17 @@ impl Sentinels {
         let master = self.master().await.expect("a moment ago they agreed");
         let follow = format!("127.0.0.1 {}", self.servers[master].port);
         self.servers[index].restart(&["--replicaof", &follow]).await;
+    }
+}
+
+impl Drop for Sentinels {
+    /// Shows what they logged to whoever has to find out what went wrong.
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            for node in self.watchers.iter().chain(&self.servers) {
+                super::say(&format!("log of {}:\n{}\n", node.port, node.log()));
+            }
+        }
     }
 }
 

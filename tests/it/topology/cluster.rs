@@ -82,7 +82,7 @@ async fn the_others_go_on_when_a_master_is_killed() {
         .await;
     let promoted = killed.elapsed();
     cluster.nodes[victim()].restart(&[]).await;
-    let outage = hurt.granted_after(hit[1], killed, PATIENCE).await - killed;
+    let outage = hurt.granted_after(hit[1], killed, PATIENCE).await.expect("a grant") - killed;
     tokio::time::sleep(Duration::from_millis(500)).await;
     let (calm, hurt) = (calm.stop().await, hurt.stop().await);
 
@@ -141,7 +141,7 @@ async fn everything_recovers_when_the_master_of_the_fleet_is_killed() {
     cluster.nodes[shard(FLEET)].kill();
     let killed = Instant::now();
     for event in &all {
-        let outage = load.granted_after(*event, killed, PATIENCE).await - killed;
+        let outage = load.granted_after(*event, killed, PATIENCE).await.expect("a grant") - killed;
         println!("{event} granted again after {outage:.1?}");
     }
     until("reachable", PATIENCE, async || ledger.ping().await.is_ok()).await;

@@ -7,7 +7,7 @@
 
 use std::{env, fs, process::ExitCode};
 
-use proc_macro2::{LineColumn, Span};
+use proc_macro2::Span;
 use quote::quote;
 use serde_json::json;
 use syn::spanned::Spanned;
@@ -59,14 +59,10 @@ fn switched(path: &str) -> Result<(String, Vec<Mutant>), Box<dyn std::error::Err
 }
 
 impl Switches<'_> {
-    /// A mutant that puts `text` where `span` is.
+    /// The condition of a new mutant that puts `text` where `span` is; of what ends on a later line only the first line
+    /// is shown.
     fn mutant(&mut self, span: Span, text: &str) -> Expr {
-        self.mutant_between(span.start(), span.end(), text)
-    }
-
-    /// The condition of a new mutant that puts `text` between two places; of what ends on a later line only the first
-    /// line is shown.
-    fn mutant_between(&mut self, start: LineColumn, end: LineColumn, text: &str) -> Expr {
+        let (start, end) = (span.start(), span.end());
         let whole = self.lines[start.line - 1];
         let column = |wanted: usize| whole.char_indices().nth(wanted).map_or(whole.len(), |(at, _)| at);
         let tail = if end.line == start.line { &whole[column(end.column)..] } else { " …" };

@@ -119,7 +119,13 @@ fn a_lock_that_is_not_handed_back() {
     let lost = with(one, &[(span(2000, 3000), Seen::DataLost), (span(4000, 4001), none())]);
     refused(&lost, "not handed back");
     accepted(&with(lost.clone(), &[(Span::at(2500), Seen::Expired { lock: "a".to_owned() })]));
-    accepted(&with(lost, &[(span(1900, 2100), Seen::Away { user: 1 })]));
+    accepted(&with(lost.clone(), &[(span(1900, 2100), Seen::Away { user: 1 })]));
+    // One loss just after the grant may have taken it for good, and then a later one did not.
+    accepted(&with(lost.clone(), &[(span(1400, 1600), Seen::DataLost)]));
+    refused(&with(lost.clone(), &[(span(900, 998), Seen::DataLost)]), "not handed back");
+    refused(&with(lost.clone(), &[(span(3100, 3200), Seen::DataLost)]), "not handed back");
+    // Its owner did not want it any more, and was told that it is gone.
+    accepted(&with(lost, &[(span(2500, 2501), unlock("a", Some(false)))]));
 }
 
 #[test]
@@ -132,6 +138,9 @@ fn a_lock_that_ends_twice() {
     );
     refused(&with(back.clone(), &[(span(1200, 1201), validate(until("a", 30_000)))]), "valid though given back");
     let listed = Seen::Listed { user: 1, locks: vec![told("a", 2, 1000)] };
+    let lost_at = |began: u64| with(back.clone(), &[(span(began, began + 50), Seen::DataLost)]);
+    refused(&with(lost_at(1700), &[(span(1800, 1801), listed.clone())]), "listed after it had been given back");
+    accepted(&with(lost_at(1150), &[(span(1300, 1301), listed.clone())]));
     refused(&with(back, &[(span(1200, 1201), listed.clone())]), "listed after it had been given back");
     refused(&with(one.clone(), &[(span(22_000, 22_001), listed)]), "listed after its deadline");
     refused(

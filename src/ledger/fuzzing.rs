@@ -1,0 +1,72 @@
+//! What Redis sends: notices and the replies of scripts.
+
+use super::driver::Reply;
+use super::notice::{read_change, read_expired, read_personal, write_personal};
+use super::reply::{self, Parts};
+use super::script::Script;
+use crate::domain::{EventId, LockId, UserId};
+
+/// Lists within lists that a reply is built with at most.
+const DEPTH_MAX: usize = 8;
+
+/// A notice: read as each kind there is; what was understood is written as it is read.
+pub fn notices(data: &[u8]) {
+    let Ok(text) = std::str::from_utf8(data) else { return };
+    let Ok(event) = EventId::new(7) else { return };
+    drop((read_change(event, text), read_expired(text)));
+    if let Some(message) = read_personal(text) {
+        assert_eq!(read_personal(&write_personal(&message)).as_ref(), Some(&message), "{text}");
+    }
+}
+
+/// A script's reply: words apart by spaces, `[` and `]` around lists, `:` before integers, `_` for nothing.
+pub fn replies(data: &[u8]) {
+    let text = String::from_utf8_lossy(data);
+    let mut words = text.split(' ');
+    let reply = list(&mut words, 0);
+    let parts = |script: &'static &'static Script| Parts::new(script, reply.clone());
+    let (Ok(event), Ok(user)) = (EventId::new(7), UserId::new(7)) else { return };
+    let id = LockId::generate(event);
+    for script in Script::ALL {
+        let Ok(parts) = parts(script) else { return };
+        match script.name {
+            "lock" => drop(reply::lock(parts)),
+            "restore" => drop(reply::restore(&parts)),
+            "validate" => drop(reply::validate(parts)),
+            "confirm" => drop(reply::confirm(parts)),
+            "release" => drop(reply::release(parts, id)),
+            "find" => drop(reply::find(parts, id)),
+            "locks" => drop(reply::locks(parts, user)),
+            "availability" => drop(reply::availability(parts, event)),
+            "ask" => drop(reply::ask(parts)),
+            "accept" => drop(reply::accept(&parts)),
+            "order" => drop(reply::order(parts)),
+            "sweep" => drop(reply::sweep(parts)),
+            "tally" => drop(reply::tally(parts)),
+            "due" => drop(reply::due::<EventId>(parts)),
+            "plan" => drop(reply::plan(parts)),
+            "enter" => drop(reply::entered(parts)),
+            "leave" => drop(reply::left(parts)),
+            "unhost" => drop(reply::unhosted(parts)),
+            "drop" => drop(reply::dropped(&parts)),
+            "beat" => drop(reply::alive(parts)),
+            _ => drop(reply::said(&parts, "done")),
+        }
+    }
+}
+
+fn list<'a>(words: &mut impl Iterator<Item = &'a str>, depth: usize) -> Reply {
+    let mut parts = Vec::new();
+    while let Some(word) = words.next() {
+        parts.push(match word {
+            "]" => break,
+            "[" if depth < DEPTH_MAX => list(words, depth + 1),
+            "_" => Reply::Null,
+            word => match word.strip_prefix(':').and_then(|digits| digits.parse::<i64>().ok()) {
+                Some(number) => Reply::Integer(number),
+                None => Reply::String(word.into()),
+            },
+        });
+    }
+    Reply::Array(parts)
+}
