@@ -10,19 +10,20 @@ use futures_util::FutureExt as _;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, sleep_until, timeout, timeout_at};
+use tracing::Instrument as _;
 
-use super::auth::Claims;
+use super::auth::{Claims, Scope};
 use super::queue;
 use super::session::{Answer, Ending, Incoming, Sent, Session};
 use super::wire::{self, About, Code, Json, Name, Refusal};
 use super::{Doubts, Shared, now};
 use crate::domain::{
-    Availability, EventId, Kept, LockStatus, Personal, ReleaseReason, RestoreOutcome, RestoreRequest, UserId,
+    Availability, EventId, Kept, LockStatus, Personal, ReleaseReason, Releaser, RestoreOutcome, RestoreRequest, UserId,
 };
 use crate::fanout::Fanout;
 use crate::inventory::StockError;
 use crate::ledger::{LedgerError, Presence};
-use crate::metrics;
+use crate::{metrics, telemetry};
 
 /// Between two tries to put an answer into a full send buffer.
 const SEND_RETRY: Duration = Duration::from_millis(50);
@@ -119,12 +120,16 @@ pub(super) struct Actor {
     doubt: Doubts,
     rested: Doubts,
     token: Token,
+    /// The events that the token is for.
+    pub scope: Scope,
     pub watched: HashMap<EventId, Watching>,
     /// Set while a join is answered: what the joiner gets next.
     pub joined: Option<(EventId, Vec<Availability>)>,
     /// When the message in work must be answered.
     pub deadline: Instant,
     moving: Moving,
+    /// The trace that the client says it belongs to, as it says so.
+    trace: Option<Box<str>>,
 }
 
 /// How a session stands with a drain of its replica.
@@ -161,11 +166,18 @@ impl Actor {
             listening: None,
             greeted: false,
             token: Token::Good(claims.expires_at),
+            scope: claims.scope,
             watched: HashMap::new(),
             joined: None,
             deadline: Instant::now(),
             moving: Moving::No,
+            trace: None,
         }
+    }
+
+    /// Notes which trace the client says it belongs to.
+    pub fn belongs_to(&mut self, trace: Box<str>) {
+        self.trace = Some(trace);
     }
 
     /// Lives until the session is over and the ledger knows it.
@@ -264,9 +276,15 @@ impl Actor {
         }
     }
 
-    /// Takes a new token of the same user.
+    /// Takes a new token of the same user. Rooms that it is not for are left, and the client is told which.
     pub fn renew(&mut self, claims: Claims) {
         self.token = Token::Good(claims.expires_at);
+        self.scope = claims.scope;
+        let lost: Vec<_> = self.watched.keys().copied().filter(|&event| !self.scope.admits(event)).collect();
+        for event in lost {
+            let left = self.leave(event);
+            self.session.deliver(Name::Leave.answer(), &left);
+        }
     }
 
     /// The presence generation of the session's start, once the ledger knows it.
@@ -358,6 +376,23 @@ impl Actor {
             self.session.forgive();
         }
         self.deadline = message.at + self.shared.options.request_timeout;
+        match telemetry::from_socket(self.trace.as_deref()) {
+            None => {
+                self.reply(&message).await;
+            }
+            Some((span, request)) => {
+                let replied = async {
+                    let (name, answer) = self.reply(&message).await;
+                    request.ends(name, answer.outcome, answer.failed());
+                };
+                Box::pin(replied.instrument(span)).await;
+            }
+        }
+        Box::pin(self.after()).await;
+    }
+
+    /// Answers a message, and says how, after its name.
+    async fn reply(&mut self, message: &Incoming) -> (&'static str, Answer) {
         let (name, answer) = match wire::split(&message.text) {
             None => (None, Answer::unknown("")),
             Some((text, data)) => match Name::parse(&text) {
@@ -368,9 +403,11 @@ impl Actor {
         let label = name.map_or("unknown", Name::as_str);
         metrics::GATEWAY_MESSAGES.count(&[label]);
         answer.count(name);
-        metrics::GATEWAY_ANSWER_SECONDS.observe(&[label], message.at.elapsed());
+        let took = message.at.elapsed();
+        metrics::GATEWAY_ANSWER_SECONDS.observe(&[label], took);
+        tracing::debug!(name = label, outcome = answer.outcome, ms = took.as_secs_f64() * 1000.0, "answered");
         self.patiently(|session| session.answer(&answer, message.ack)).await;
-        Box::pin(self.after()).await;
+        (label, answer)
     }
 
     /// Sends something that must not be lost: waits while the send buffer is full, and closes the connection of a
@@ -443,6 +480,9 @@ impl Shared {
                 }
                 continue;
             }
+            if self.keep.has_ended(user, id) {
+                continue;
+            }
             let (generation, stock_age_max) = (presence.generation, self.options.stock_age_max);
             let asked = RestoreRequest { user, memento, generation, stock_age_max };
             let outcome = match self.stock.restore(asked).await {
@@ -451,9 +491,16 @@ impl Shared {
                 Err(error) => return Err(error),
             };
             metrics::LEDGER_RESTORED.count(&[outcome.as_str()]);
+            tracing::debug!(%user, lock = %id, outcome = outcome.as_str(), "handed back");
             // The user's messages went by pub/sub, and that was gone too: the sockets here are told from here.
             let end = match outcome {
-                RestoreOutcome::Restored => continue,
+                RestoreOutcome::Restored => {
+                    // Its owner, who gave it back meanwhile, was told that it is gone.
+                    if !matches!(kept, Kept::Confirmed { .. }) && self.keep.has_ended(user, id) {
+                        self.ledger.release(id, Releaser::Owner { user, session: None }).await?;
+                    }
+                    continue;
+                }
                 RestoreOutcome::Known => self.ledger.find(id).await?.map(|lock| lock.status),
                 RestoreOutcome::Expired | RestoreOutcome::NoRoom | RestoreOutcome::StockUnknown => {
                     Some(LockStatus::Expired)

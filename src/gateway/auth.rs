@@ -6,6 +6,8 @@
 //! Invariants: no algorithm is taken from a token's header, only compared with what the configured key allows; no token
 //! without an expiry is accepted; no secret, key or token appears in a log, an error or a `Debug` text.
 
+#[cfg(any(test, feature = "fuzzing"))]
+pub(super) mod fuzzing;
 mod jwks;
 mod key;
 #[cfg(test)]
@@ -20,7 +22,7 @@ use jsonwebtoken::{Algorithm, EncodingKey, Header, Validation, decode, decode_he
 use serde_json::{Map, Value, json};
 use url::Url;
 
-use crate::domain::UserId;
+use crate::domain::{EventId, UserId};
 use jwks::{Jwks, Pace};
 pub use key::KeyError;
 use key::VerifyingKey;
@@ -80,15 +82,40 @@ pub struct VerifierOptions {
     pub issuer: Option<String>,
     /// The `aud` that a token must have or have among others; `None` accepts any and none.
     pub audience: Option<String>,
+    /// The claim whose list names the only events that a token is for; `None` looks at none.
+    pub events_claim: Option<String>,
 }
 
 /// What a good token says.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Claims {
     /// Whom it speaks for.
     pub user: UserId,
     /// Its expiry as written, without the leeway: up to [`LEEWAY`] in the past, and never after the year 9999.
     pub expires_at: SystemTime,
+    /// Which events it is for.
+    pub scope: Scope,
+}
+
+/// The events that a token lets its user watch and lock tickets of.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum Scope {
+    /// Any: the token says nothing of it.
+    #[default]
+    Any,
+    /// These and no others, ascending; none of them is possible. Bounded by [`TOKEN_BYTES_MAX`]: below four thousand.
+    Only(Arc<[EventId]>),
+}
+
+impl Scope {
+    /// Whether `event` is among them.
+    #[must_use]
+    pub fn admits(&self, event: EventId) -> bool {
+        match self {
+            Self::Any => true,
+            Self::Only(events) => events.binary_search(&event).is_ok(),
+        }
+    }
 }
 
 /// Why a token is not accepted.
@@ -156,6 +183,9 @@ pub enum Reason {
     /// Neither `sub` nor `userId` is a user id.
     #[error("names no user")]
     User,
+    /// The claim that names its events is no list of event ids.
+    #[error("names its events in no readable way")]
+    Events,
 }
 
 impl From<Reason> for TokenError {
@@ -167,6 +197,7 @@ impl From<Reason> for TokenError {
 /// Verifies tokens. One per process, shared by all connections.
 pub struct TokenVerifier {
     keys: Keys,
+    events_claim: Option<String>,
 }
 
 enum Keys {
@@ -202,7 +233,7 @@ impl TokenVerifier {
             KeySource::PublicKeyPem(pem) => Keys::Fixed(Arc::new(VerifyingKey::pem(&pem, &checks)?)),
             KeySource::Jwks(url) => Keys::Fetched(Jwks::new(url, checks, pace, client)?),
         };
-        Ok(Self { keys })
+        Ok(Self { keys, events_claim: options.events_claim })
     }
 
     /// Whether tokens can be verified; fetches the key set if that has not been done. Takes at most 2 s.
@@ -240,7 +271,7 @@ impl TokenVerifier {
         };
         let token = decode::<Map<String, Value>>(token, &key.decoding, &key.validation)
             .map_err(|error| refusal(error.kind()))?;
-        read(&token.claims, now)
+        read(&token.claims, self.events_claim.as_deref(), now)
     }
 }
 
@@ -280,8 +311,12 @@ fn refusal(error: &ErrorKind) -> Reason {
 ///
 /// The times are checked here and not by the library, which rounds to seconds and reads its own clock. The expiry comes
 /// last, so that [`TokenError::Expired`] means that a new token will do.
-fn read(claims: &Map<String, Value>, now: SystemTime) -> Result<Claims, TokenError> {
+fn read(claims: &Map<String, Value>, events_claim: Option<&str>, now: SystemTime) -> Result<Claims, TokenError> {
     let user = user(claims).ok_or(Reason::User)?;
+    let scope = match events_claim.and_then(|name| claim(claims, name)) {
+        None => Scope::Any,
+        Some(list) => scope(list).ok_or(Reason::Events)?,
+    };
     let expires_at = claim(claims, "exp").and_then(instant).ok_or(Reason::Expiry)?;
     if let Some(begin) = claim(claims, "nbf")
         && instant(begin).is_none_or(|begin| begin > now + LEEWAY)
@@ -291,7 +326,19 @@ fn read(claims: &Map<String, Value>, now: SystemTime) -> Result<Claims, TokenErr
     if now >= expires_at + LEEWAY {
         return Err(TokenError::Expired);
     }
-    Ok(Claims { user, expires_at })
+    Ok(Claims { user, expires_at, scope })
+}
+
+/// A list of event ids, as numbers or as digits. Anything else in it spoils it: what cannot be read must not open more.
+fn scope(list: &Value) -> Option<Scope> {
+    let id = |item: &Value| match item {
+        Value::Number(number) => EventId::new(number.as_u64()?).ok(),
+        Value::String(digits) => digits.parse().ok(),
+        Value::Null | Value::Bool(_) | Value::Array(_) | Value::Object(_) => None,
+    };
+    let mut events = list.as_array()?.iter().map(id).collect::<Option<Vec<_>>>()?;
+    events.sort_unstable();
+    Some(Scope::Only(events.into()))
 }
 
 /// A claim that is there; `null` is not.

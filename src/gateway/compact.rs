@@ -7,18 +7,12 @@
 use axum::http::{Extensions, HeaderMap, HeaderName, HeaderValue, Method, Request, Uri, header};
 use hyper::upgrade::OnUpgrade;
 
+use super::handshake::Guest;
 use super::line::Line;
 
-/// What the transport and the handshake read.
-const KEPT: [HeaderName; 7] = [
-    header::HOST,
-    header::ORIGIN,
-    header::AUTHORIZATION,
-    header::CONNECTION,
-    header::UPGRADE,
-    header::SEC_WEBSOCKET_KEY,
-    header::SEC_WEBSOCKET_VERSION,
-];
+/// What the transport and the handshake of the namespace still read. The map has room for six in its least memory.
+const KEPT: [HeaderName; 3] =
+    [header::AUTHORIZATION, header::SEC_WEBSOCKET_KEY, HeaderName::from_static("traceparent")];
 
 /// The same request in little memory. Posts open no session and stay as they are.
 pub fn compact<B>(request: Request<B>) -> Request<B> {
@@ -26,7 +20,7 @@ pub fn compact<B>(request: Request<B>) -> Request<B> {
         return request;
     }
     let (mut parts, body) = request.into_parts();
-    let mut headers = HeaderMap::with_capacity(KEPT.len());
+    let mut headers = HeaderMap::new();
     for name in KEPT {
         // A value that was read from a connection can be read again.
         if let Some(Ok(value)) = parts.headers.get(&name).map(|value| HeaderValue::from_bytes(value.as_bytes())) {
@@ -39,6 +33,9 @@ pub fn compact<B>(request: Request<B>) -> Request<B> {
     let mut extensions = Extensions::new();
     if let Some(line) = parts.extensions.remove::<Line>() {
         extensions.insert(line);
+    }
+    if let Some(guest) = parts.extensions.remove::<Guest>() {
+        extensions.insert(guest);
     }
     if let Some(upgrade) = parts.extensions.remove::<OnUpgrade>() {
         extensions.insert(upgrade);
@@ -61,17 +58,19 @@ mod tests {
                 .uri("/socket.io/?EIO=4&transport=polling")
                 .header(header::AUTHORIZATION, kept.clone())
                 .header(header::COOKIE, "a=b")
+                .header("traceparent", "00-1-2-01")
                 .extension(7_u8)
                 .body(())
                 .expect("a request")
         };
         let small = compact(request(Method::GET));
         assert_eq!(small.uri(), "/socket.io/?EIO=4&transport=polling");
-        assert_eq!(small.headers().len(), 1);
+        assert_eq!(small.headers().len(), 2);
+        assert_eq!(small.headers()["traceparent"], "00-1-2-01");
         let copy = &small.headers()[header::AUTHORIZATION];
         assert_eq!(copy, "Bearer abc");
         assert_ne!(copy.as_bytes().as_ptr(), wire.as_ptr(), "a copy");
         assert!(small.extensions().get::<u8>().is_none());
-        assert_eq!(compact(request(Method::POST)).headers().len(), 2);
+        assert_eq!(compact(request(Method::POST)).headers().len(), 3);
     }
 }

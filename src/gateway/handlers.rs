@@ -6,6 +6,7 @@ use std::time::UNIX_EPOCH;
 
 use serde_json::value::RawValue;
 use tokio::time::{Instant, timeout_at};
+use tracing::Instrument;
 
 use super::actor::{Actor, Watching};
 use super::bypass::Packet;
@@ -52,7 +53,7 @@ async fn within<T: Send + 'static>(
     if deadline <= Instant::now() {
         return Err(Refusal::new(Code::Unavailable));
     }
-    match timeout_at(deadline, tokio::spawn(work)).await {
+    match timeout_at(deadline, tokio::spawn(work.in_current_span())).await {
         Ok(Ok(result)) => result,
         Ok(Err(_)) | Err(_) => Err(Refusal::new(Code::Unavailable)),
     }
@@ -94,6 +95,9 @@ impl Actor {
         let (about, request) = wire::read(name, data, self.session.user, self.shared.options.max_per_lock);
         let granted = match request {
             Err(refusal) => Err(refusal),
+            Ok(Request::Join(event) | Request::Lock { event, .. }) if !self.scope.admits(event) => {
+                Err(Refusal::saying(Code::Unauthorized, "Unauthorized for this event"))
+            }
             Ok(Request::Join(event)) => self.join(event).await,
             Ok(Request::Leave(event)) => Ok(self.leave(event)),
             Ok(Request::Lock { event, category, quantity, request }) => {
@@ -155,8 +159,10 @@ impl Actor {
             }
         };
         let (watching, availability, locks) = within(self.deadline, work).await?;
-        if let Some(watching) = watching {
-            self.watched.insert(event, watching);
+        match watching {
+            Some(watching) => drop(self.watched.insert(event, watching)),
+            // A round that is under way may tell what was true before this reading.
+            None => shared.rooms.part(event, &self.session),
         }
         fanout.observe(&availability);
         shared.keep.listed(user, &locks);
@@ -165,7 +171,8 @@ impl Actor {
         Ok(data)
     }
 
-    fn leave(&mut self, event: EventId) -> Json {
+    /// Leaves a room, as asked or because the token is no longer for it.
+    pub(super) fn leave(&mut self, event: EventId) -> Json {
         self.shared.rooms.part(event, &self.session);
         self.watched.remove(&event);
         wire::left(event)
@@ -182,6 +189,7 @@ impl Actor {
         self.settle_until(self.deadline).await;
         let Some(generation) = self.generation() else { return Err(Refusal::new(Code::Unavailable)) };
         let (options, user, session) = (&self.shared.options, self.session.user, Some(self.session.id));
+        let ttl = self.shared.hoard.life(user, options.lock_ttl, options.abandoner_ttl);
         let asked = LockRequest {
             lock: LockId::generate(event),
             user,
@@ -190,7 +198,7 @@ impl Actor {
             request: request.clone(),
             session,
             generation,
-            ttl: options.lock_ttl,
+            ttl,
             stock_age_max: options.stock_age_max,
             per_event_max: options.max_per_event,
             rate: options.rate,
@@ -203,6 +211,7 @@ impl Actor {
                 let (lock, created_at, deadline, kept) = (grant.lock, grant.now, grant.deadline, Kept::Attended);
                 let memento = Memento { lock, category, quantity, created_at, deadline, kept, request, session };
                 self.shared.keep.granted(user, memento);
+                self.shared.hoard.granted(user, lock, ttl);
                 Ok(answer)
             }
             LockOutcome::Closed
@@ -267,8 +276,9 @@ impl Actor {
         if claims.user != self.session.user {
             return Err(Refusal::new(Code::Unauthorized));
         }
+        let expires_at = claims.expires_at;
         self.renew(claims);
-        let expires = claims.expires_at.duration_since(UNIX_EPOCH).unwrap_or_default();
+        let expires = expires_at.duration_since(UNIX_EPOCH).unwrap_or_default();
         Ok(wire::refreshed(domain::Instant::from_ms(expires.as_millis().try_into().unwrap_or(u64::MAX))))
     }
 }

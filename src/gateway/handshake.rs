@@ -1,12 +1,15 @@
 //! Who may connect: the origin of a page, the token of a user, the number of sockets.
 
+use std::borrow::Cow;
 use std::fmt;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use axum::body::Body;
-use axum::extract::{Request, State};
-use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, header};
+use axum::extract::{ConnectInfo, Request, State};
+use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, header, request::Parts};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use tower_http::cors::{AllowHeaders, AllowOrigin, CorsLayer};
@@ -14,8 +17,10 @@ use url::form_urlencoded;
 
 use super::Shared;
 use super::auth::{Claims, TokenError};
+use super::limits::{BODY_TIMEOUT, SID_BYTES_MAX};
 use super::line::Line;
 use super::wire::Auth;
+use crate::callers::{Address, Caller, Connection};
 use crate::domain::UserId;
 use crate::metrics;
 
@@ -132,6 +137,14 @@ fn same_user(query: &str, user: UserId) -> bool {
         .all(|(_, id)| id.parse::<UserId>() == Ok(user))
 }
 
+/// Which trace a client says that its session belongs to: in the header `traceparent` of its handshake or, as browsers
+/// cannot set headers, in its query.
+pub(super) fn traceparent(parts: &Parts) -> Option<Cow<'_, str>> {
+    let in_header = parts.headers.get("traceparent").and_then(|value| value.to_str().ok());
+    let in_query = || value_of(parts.uri.query().unwrap_or_default(), "traceparent");
+    in_header.map(Cow::Borrowed).or_else(|| in_query().map(Cow::Owned))
+}
+
 /// Whom a handshake is for.
 pub(super) async fn check(shared: &Shared, auth: &Auth, query: &str, headers: &HeaderMap) -> Result<Claims, Refused> {
     let token = token(auth, query, headers).ok_or(Refused::Unauthorized)?;
@@ -140,6 +153,38 @@ pub(super) async fn check(shared: &Shared, auth: &Auth, query: &str, headers: &H
         Refused::from(error)
     })?;
     if same_user(query, claims.user) { Ok(claims) } else { Err(Refused::UserMismatch) }
+}
+
+/// What is remembered of a transport whose address is limited, for as long as it lives.
+#[derive(Clone)]
+pub(super) struct Guest {
+    pub address: Caller<Address>,
+    pub connection: Arc<Connection>,
+}
+
+/// Counts a transport that is being opened for its address; or says how long to wait.
+fn guest(shared: &Shared, request: &Request) -> Result<Option<Guest>, Duration> {
+    let Some(ConnectInfo(peer)) = request.extensions().get::<ConnectInfo<SocketAddr>>() else { return Ok(None) };
+    let addresses = &shared.options.addresses;
+    let lines = request.headers().get_all("x-forwarded-for").into_iter().filter_map(|line| line.to_str().ok());
+    // Collected, because headers are read from the left and the address from the right.
+    let lines: Vec<_> = lines.collect();
+    let refused = |limit: &'static str, wait: Duration| {
+        metrics::GATEWAY_LIMITED.count(&[limit]);
+        wait
+    };
+    let counted = addresses.quotas.caller(addresses.of(peer.ip(), lines.into_iter()));
+    let Some(address) = counted.map_err(|_| refused("addresses", Duration::from_secs(1)))? else { return Ok(None) };
+    address.transport().map_err(|wait| refused("address_handshakes", wait))?;
+    let connection = address.connection().ok_or_else(|| refused("address_connections", Duration::from_secs(5)))?;
+    Ok(Some(Guest { address, connection: Arc::new(connection) }))
+}
+
+/// Too many: browsers' clients take it for a broken connection and try again, each time later.
+fn busy(wait: Duration) -> Response {
+    let seconds = wait.as_secs() + u64::from(wait.subsec_nanos() > 0);
+    let body = json(StatusCode::TOO_MANY_REQUESTS, r#"{"code":3,"message":"Too many requests"}"#);
+    ([(header::RETRY_AFTER, seconds.to_string())], body).into_response()
 }
 
 /// The first thing a request of the transport meets: origins are checked (browsers do not ask for permission before
@@ -152,6 +197,9 @@ pub(super) async fn gate(State(shared): State<Arc<Shared>>, mut request: Request
     }
     let query = request.uri().query().unwrap_or_default();
     let sid = value_of(query, "sid");
+    if sid.as_ref().is_some_and(|sid| sid.len() > SID_BYTES_MAX) {
+        return json(StatusCode::BAD_REQUEST, r#"{"code":1,"message":"Session ID unknown"}"#);
+    }
     let websocket = value_of(query, "transport").as_deref() == Some("websocket");
     let session = sid.as_deref().and_then(|sid| shared.rooms.by_sid(sid));
     if shared.draining.is_cancelled() && session.is_none() {
@@ -160,6 +208,15 @@ pub(super) async fn gate(State(shared): State<Arc<Shared>>, mut request: Request
             (Some(_), &Method::GET) if !websocket => closed(),
             _ => json(StatusCode::SERVICE_UNAVAILABLE, r#"{"code":3,"message":"Service unavailable"}"#),
         };
+    }
+    if sid.is_none() {
+        match guest(&shared, &request) {
+            Ok(Some(guest)) => {
+                request.extensions_mut().insert(guest);
+            }
+            Ok(None) => {}
+            Err(wait) => return busy(wait),
+        }
     }
     if websocket && let Some(line) = request.extensions_mut().get::<Line>().cloned() {
         shared.lines.add(sid.as_deref(), line);
@@ -175,6 +232,12 @@ pub(super) async fn gate(State(shared): State<Arc<Shared>>, mut request: Request
                 }
             }
         }
+        _ if request.method() == Method::POST => {
+            tokio::time::timeout(BODY_TIMEOUT, next.run(request)).await.unwrap_or_else(|_| {
+                metrics::GATEWAY_LIMITED.count(&["slow_body"]);
+                json(StatusCode::REQUEST_TIMEOUT, r#"{"code":3,"message":"Request timeout"}"#)
+            })
+        }
         _ => next.run(request).await,
     }
 }
@@ -186,6 +249,26 @@ fn closed() -> Response {
 
 fn json(status: StatusCode, body: &'static str) -> Response {
     (status, [(header::CONTENT_TYPE, "application/json")], body).into_response()
+}
+
+#[cfg(any(test, feature = "fuzzing"))]
+pub(super) mod fuzzing {
+    use super::{Auth, HeaderMap, Origins, UserId, header, same_user, token};
+
+    /// Everything of a handshake that is read before its token is verified.
+    pub fn read(auth: &Auth, query: &str, headers: &HeaderMap) {
+        if let Some(token) = token(auth, query, headers) {
+            assert!(!token.is_empty(), "no token is none");
+        }
+        if let Ok(user) = UserId::new(7) {
+            same_user(query, user);
+        }
+        assert!(Origins::Any.admit(headers));
+        let listed = Origins::new(vec!["https://shop.example".to_owned()]);
+        let foreign = headers.get(header::ORIGIN).is_some_and(|origin| origin == "https://evil.example");
+        let own = headers.get(header::HOST).is_some_and(|host| host == "evil.example");
+        assert!(!(listed.admit(headers) && foreign && !own));
+    }
 }
 
 #[cfg(test)]

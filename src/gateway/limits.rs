@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use super::lock;
-use crate::domain::UserId;
+use crate::domain::{RateLimit, UserId};
 use crate::metrics;
 
 /// The largest message a client may send. The longest legal one is a token renewal: [`super::auth::TOKEN_BYTES_MAX`]
@@ -42,6 +42,16 @@ pub const PING_TIMEOUT: Duration = Duration::from_secs(8);
 
 /// From the opening of a transport to the end of its handshake.
 pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(8);
+
+/// A transport's session id is shorter; a longer one is nobody's, and not worth remembering beside its connection.
+pub const SID_BYTES_MAX: usize = 64;
+
+/// From the header of a poll that sends to the end of its body: the largest takes a second on the slowest mobile line.
+pub const BODY_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Messages of one socket that are refused for coming too fast before it is closed: as many at once as [`REFUSALS_MAX`],
+/// and one a second for ever.
+pub const TOO_FAST: RateLimit = RateLimit { interval: Duration::from_secs(1), burst: 1024 };
 
 /// The user has too many sockets, or the replica has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

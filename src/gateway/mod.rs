@@ -12,8 +12,11 @@ mod actor;
 pub mod auth;
 mod bypass;
 mod compact;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzzing;
 mod handlers;
 mod handshake;
+mod hoard;
 mod keep;
 mod limits;
 mod line;
@@ -45,15 +48,17 @@ use self::auth::TokenVerifier;
 pub use self::bypass::Tap;
 use self::compact::compact;
 pub use self::handshake::Origins;
-use self::handshake::Refused;
+use self::handshake::{Guest, Refused};
+use self::hoard::Hoard;
 use self::keep::Keep;
 use self::limits::Seats;
 use self::line::Lines;
 pub use self::line::{Line, LineStream};
 use self::rooms::{Here, Rooms};
-use self::session::WeakSocket;
+use self::session::{Callers, WeakSocket};
 use self::wire::Auth;
-use crate::domain::{self, RateLimit};
+use crate::callers::{Addresses, Quota, Quotas};
+use crate::domain::{self, RateLimit, UserId};
 use crate::fanout::{Audience, Fanout};
 use crate::inventory::Stock;
 use crate::ledger::Ledger;
@@ -75,6 +80,9 @@ const DRAIN_NOTICE: Duration = Duration::from_secs(1);
 /// Between two clients that a draining replica moves, where there is time: so few come back at once that nobody notices,
 /// and a replica with a hundred clients still is empty within seconds.
 const DRAIN_GAP: Duration = Duration::from_millis(50);
+
+/// Between two rounds of asking how locks ended, and of counting whose.
+const FOLLOW_EVERY: Duration = Duration::from_secs(5);
 
 /// After the time for draining is over: to cut what is left and to say so.
 const DRAIN_LAST: Duration = Duration::from_secs(2);
@@ -99,6 +107,8 @@ pub struct GatewayOptions {
     pub request_timeout: Duration,
     /// From a grant to the deadline of the lock.
     pub lock_ttl: Duration,
+    /// The shortest time that a lock stands for a user who lets one after the other lapse; `None`: the same for all.
+    pub abandoner_ttl: Option<Duration>,
     /// What locks have left when the last socket of their user is gone.
     pub disconnect_grace: Duration,
     /// The same when it is gone because this replica drains.
@@ -119,6 +129,12 @@ pub struct GatewayOptions {
     pub sockets_max: usize,
     /// Open sockets of one user on this replica.
     pub sockets_per_user_max: usize,
+    /// Sockets that one user may open.
+    pub user_handshakes: Option<RateLimit>,
+    /// Messages that one user may send, over all sockets here.
+    pub user_messages: Option<RateLimit>,
+    /// What one address may take.
+    pub addresses: Arc<Addresses>,
 }
 
 impl Default for GatewayOptions {
@@ -128,6 +144,7 @@ impl Default for GatewayOptions {
             origins: Origins::Any,
             request_timeout: Duration::from_secs(2),
             lock_ttl: Duration::from_mins(5),
+            abandoner_ttl: None,
             disconnect_grace: Duration::from_secs(15),
             drain_grace: Duration::from_mins(1),
             max_per_lock: 10,
@@ -138,6 +155,9 @@ impl Default for GatewayOptions {
             slow_client: Duration::from_secs(15),
             sockets_max: 50_000,
             sockets_per_user_max: 50,
+            user_handshakes: None,
+            user_messages: None,
+            addresses: Addresses::unlimited(),
         }
     }
 }
@@ -152,8 +172,10 @@ struct Shared {
     io: SocketIo,
     transport: Transport,
     seats: Arc<Seats>,
+    users: Arc<Quotas<UserId>>,
     rooms: Rooms,
     keep: Keep,
+    hoard: Hoard,
     lines: Lines,
     /// The actors and what they leave to be done.
     tasks: TaskTracker,
@@ -239,11 +261,28 @@ impl Shared {
             }
             return Err(Refused::Unavailable);
         }
+        let limited = |limit: &'static str| {
+            metrics::GATEWAY_LIMITED.count(&[limit]);
+            Refused::TooManyConnections
+        };
+        let guest = parts.extensions.get::<Guest>();
+        if let Some(guest) = guest {
+            if guest.connection.is_surplus {
+                return Err(limited("address_connections"));
+            }
+            // Before the token is looked at: its signature is what costs.
+            guest.address.greeting().map_err(|_| limited("address_handshakes"))?;
+        }
         let query = parts.uri.query().unwrap_or_default();
         let claims = handshake::check(self, &auth, query, &parts.headers).await?;
+        let user = self.users.caller(claims.user).map_err(|_| limited("users"))?;
+        if let Some(user) = &user {
+            user.greeting().map_err(|_| limited("user_handshakes"))?;
+        }
         let seat = self.seats.take(claims.user).map_err(|_| Refused::TooManyConnections)?;
         let socket = weak.0.upgrade().ok_or(Refused::Unavailable)?;
-        self.admit(&socket, claims, seat);
+        let callers = Callers { user, address: guest.map(|guest| guest.address.clone()) };
+        self.admit(&socket, claims, seat, callers);
         Ok(())
     }
 }
@@ -284,6 +323,11 @@ impl Gateway {
             listen(&io, shared);
             Shared {
                 seats: Seats::new(options.sockets_max, options.sockets_per_user_max),
+                users: Quotas::new(Quota {
+                    connections: None,
+                    handshakes: options.user_handshakes,
+                    messages: options.user_messages,
+                }),
                 options,
                 verifier,
                 ledger,
@@ -293,6 +337,7 @@ impl Gateway {
                 transport,
                 rooms: Rooms::default(),
                 keep: Keep::default(),
+                hoard: Hoard::default(),
                 lines: Lines::default(),
                 tasks: TaskTracker::new(),
                 leaving: Semaphore::new(LEAVING_MAX),
@@ -339,6 +384,26 @@ impl Gateway {
     /// of its users' locks is handed back. Returns at once; goes on until the ledger has answered.
     pub fn reassure(&self) {
         self.shared.doubts.send_modify(|doubts| doubts.of_sessions += 1);
+    }
+
+    /// Learns how locks ended that nobody here heard of, until `stop`.
+    pub async fn follow(&self, stop: CancellationToken) {
+        let shared = &self.shared;
+        let mut rounds = tokio::time::interval(FOLLOW_EVERY);
+        loop {
+            tokio::select! {
+                _ = rounds.tick() => {}
+                () = stop.cancelled() => return,
+            }
+            for id in shared.hoard.overdue() {
+                match shared.ledger.find(id).await {
+                    Ok(lock) => shared.hoard.found(id, lock.map(|lock| lock.status)),
+                    // The next round tries again.
+                    Err(_) => break,
+                }
+            }
+            shared.hoard.show();
+        }
     }
 
     /// Takes nobody in any more and moves the clients, spread over two thirds of `limit`: each is served until its turn,

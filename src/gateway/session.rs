@@ -3,7 +3,7 @@
 //! [`Session`] is what others see of it; its [`Actor`] handles its messages and ends what it began. Every path ends a
 //! session once, a failed handshake included: the socket holds a [`Guard`].
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::convert::Infallible;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -18,17 +18,19 @@ use socketioxide::socket::{DisconnectReason, Socket};
 use socketioxide::{SendError, SocketError, TransportType};
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
+use tracing::Instrument;
 
 use super::actor::Actor;
 use super::auth::Claims;
 use super::bypass::{Bypass, Packet, Passed};
-use super::limits::{INBOX_LEN_MAX, INBOX_RETRY_AFTER, REFUSALS_MAX, Seat};
+use super::limits::{HANDSHAKE_TIMEOUT, INBOX_LEN_MAX, INBOX_RETRY_AFTER, REFUSALS_MAX, Seat, TOO_FAST};
 use super::line::{Line, Lines};
 use super::queue::{self, Rejected};
 use super::wire::{self, About, Code, Json, Name, Refusal};
-use super::{Shared, lock};
+use super::{Shared, handshake, lock};
+use crate::callers::{Address, Caller, Pace};
 use crate::domain::{EventId, SessionId, UserId};
-use crate::metrics;
+use crate::{metrics, telemetry};
 
 /// Messages for a user's socket whose send buffer was full, waiting to be tried again.
 const MAIL_LEN_MAX: usize = 64;
@@ -193,9 +195,34 @@ impl Answer {
         Self::refusal(None, &Refusal::saying(Code::InvalidRequest, message), &About::default())
     }
 
+    /// Whether something of ours or behind us did not work, as opposed to a refusal.
+    pub fn failed(&self) -> bool {
+        [Code::Unavailable, Code::InventoryUnavailable].iter().any(|code| code.as_str() == self.outcome)
+    }
+
     /// Counts it, as the answer to a message of this name.
     pub fn count(&self, name: Option<Name>) {
         metrics::GATEWAY_ANSWERS.count(&[name.map_or("unknown", Name::as_str), self.outcome]);
+    }
+}
+
+/// Whom a socket's messages count for, where that is limited.
+#[derive(Debug)]
+pub struct Callers {
+    /// Its user.
+    pub user: Option<Caller<UserId>>,
+    /// Where it comes from.
+    pub address: Option<Caller<Address>>,
+}
+
+impl Callers {
+    /// Counts a message; or says how long to wait.
+    fn message(&self) -> Result<(), Duration> {
+        let refused = |limit: &'static str| move |_: &Duration| metrics::GATEWAY_LIMITED.count(&[limit]);
+        let of_user = self.user.as_ref().map_or(Ok(()), Caller::message);
+        of_user.inspect_err(refused("user_messages"))?;
+        let of_address = self.address.as_ref().map_or(Ok(()), Caller::message);
+        of_address.inspect_err(refused("address_messages"))
     }
 }
 
@@ -221,8 +248,12 @@ pub struct Session {
     seat: Mutex<Option<Seat>>,
     /// Messages refused since the inbox was empty last.
     refused: AtomicUsize,
-    /// `None` when the session is over.
-    rooms: Mutex<Option<HashSet<EventId>>>,
+    callers: Callers,
+    /// When it began, and how many messages were refused since for coming too fast.
+    began: Instant,
+    too_fast: Pace,
+    /// With the turn in which each was joined; `None` when the session is over.
+    rooms: Mutex<Option<HashMap<EventId, u64>>>,
     mail: queue::Sender<(&'static str, Json)>,
 }
 
@@ -240,9 +271,16 @@ impl Session {
 
     /// Sends, later if the send buffer is full now.
     pub fn deliver(&self, name: &'static str, data: &Json) {
-        if self.emit(name, data) == Sent::Full && self.mail.try_send((name, data.clone())).is_err() {
-            metrics::GATEWAY_DROPPED.count(&["personal"]);
-        }
+        let outcome = match self.emit(name, data) {
+            Sent::Full if self.mail.try_send((name, data.clone())).is_err() => {
+                metrics::GATEWAY_DROPPED.count(&["personal"]);
+                "dropped"
+            }
+            Sent::Full => "waiting",
+            Sent::Yes => "sent",
+            Sent::Gone => return,
+        };
+        metrics::GATEWAY_PUSHES.count(&[outcome]);
     }
 
     fn acknowledge(&self, id: i64, data: &Json) -> Sent {
@@ -260,16 +298,28 @@ impl Session {
         }
     }
 
+    /// Refuses a message because too many of the same user or address came before. True when that is enough.
+    fn slow_down(&self, message: &Incoming, wait: Duration) -> bool {
+        self.later(message, wait);
+        let now = u64::try_from(self.began.elapsed().as_micros()).unwrap_or(u64::MAX);
+        self.too_fast.take(TOO_FAST, now).is_err()
+    }
+
     /// Refuses a message because too many of the same socket wait already. True when that is enough.
     fn refuse(&self, message: &Incoming) -> bool {
+        self.later(message, INBOX_RETRY_AFTER);
+        self.refused.fetch_add(1, Ordering::Relaxed) + 1 >= REFUSALS_MAX
+    }
+
+    /// Answers a message that is not looked at now.
+    fn later(&self, message: &Incoming, wait: Duration) {
         let name = wire::split(&message.text).and_then(|(name, _)| Name::parse(&name));
-        let answer = Answer::refusal(name, &Refusal::later(INBOX_RETRY_AFTER), &About::default());
+        let answer = Answer::refusal(name, &Refusal::later(wait), &About::default());
         metrics::GATEWAY_MESSAGES.count(&[name.map_or("unknown", Name::as_str)]);
         answer.count(name);
         if self.answer(&answer, message.ack) == Sent::Full {
             metrics::GATEWAY_DROPPED.count(&["answer"]);
         }
-        self.refused.fetch_add(1, Ordering::Relaxed) + 1 >= REFUSALS_MAX
     }
 
     /// The inbox is empty: the client has waited for its answers.
@@ -279,15 +329,16 @@ impl Session {
         }
     }
 
-    /// Does something, unless the session does not watch the event; it cannot leave meanwhile.
-    pub fn while_in<T>(&self, event: EventId, act: impl FnOnce() -> T) -> Option<T> {
+    /// Does something, unless the session does not watch the event, or only since that turn or a later one; it cannot
+    /// leave meanwhile.
+    pub fn while_in<T>(&self, event: EventId, turn: u64, act: impl FnOnce() -> T) -> Option<T> {
         let rooms = lock(&self.rooms);
-        rooms.as_ref().is_some_and(|rooms| rooms.contains(&event)).then(act)
+        rooms.as_ref()?.get(&event).is_some_and(|joined| *joined < turn).then(act)
     }
 
-    /// Notes a room; false when the session is over.
-    pub fn add_room(&self, event: EventId) -> bool {
-        lock(&self.rooms).as_mut().map(|rooms| rooms.insert(event)).is_some()
+    /// Notes a room, and the turn in which it was joined; false when the session is over.
+    pub fn add_room(&self, event: EventId, turn: u64) -> bool {
+        lock(&self.rooms).as_mut().map(|rooms| rooms.insert(event, turn)).is_some()
     }
 
     /// Forgets a room.
@@ -298,8 +349,8 @@ impl Session {
     }
 
     /// The rooms it was in; from now on it is in none.
-    pub fn take_rooms(&self) -> HashSet<EventId> {
-        lock(&self.rooms).take().unwrap_or_default()
+    pub fn take_rooms(&self) -> Vec<EventId> {
+        lock(&self.rooms).take().into_iter().flatten().map(|(event, _)| event).collect()
     }
 
     /// The bypass of its WebSocket; none while its transport is polling.
@@ -357,7 +408,7 @@ impl Drop for Guard {
 impl Shared {
     /// Prepares a socket whose handshake is good, before it is connected: handlers are registered here because a
     /// message may follow the connection at once.
-    pub(super) fn admit(self: &Arc<Self>, socket: &Arc<Socket>, claims: Claims, seat: Seat) {
+    pub(super) fn admit(self: &Arc<Self>, socket: &Arc<Socket>, claims: Claims, seat: Seat, callers: Callers) {
         let (mail, post) = queue::bounded(MAIL_LEN_MAX);
         let (sender, inbox) = queue::bounded(INBOX_LEN_MAX);
         // The handler is cloned for each message.
@@ -374,7 +425,10 @@ impl Shared {
             bypass: OnceLock::new(),
             seat: Mutex::new(Some(seat)),
             refused: AtomicUsize::new(0),
-            rooms: Mutex::new(Some(HashSet::new())),
+            callers,
+            began: Instant::now(),
+            too_fast: Pace::default(),
+            rooms: Mutex::new(Some(HashMap::new())),
             mail,
         });
         let guard = Guard { session: Arc::clone(&session), shared: Arc::downgrade(self) };
@@ -384,10 +438,14 @@ impl Shared {
         socket.on_fallback({
             let (session, shared) = (Arc::clone(&session), Arc::downgrade(self));
             move |message: Incoming| {
-                if let Err(Rejected::Full(message)) = sender.try_send(message)
-                    && session.refuse(&message)
-                    && let Some(shared) = shared.upgrade()
-                {
+                let floods = match session.callers.message() {
+                    Err(wait) => session.slow_down(&message, wait),
+                    Ok(()) => match sender.try_send(message) {
+                        Err(Rejected::Full(message)) => session.refuse(&message),
+                        Err(Rejected::Closed(_)) | Ok(()) => false,
+                    },
+                };
+                if floods && let Some(shared) = shared.upgrade() {
                     shared.end(&session, Ending::Flood);
                 }
                 std::future::ready(())
@@ -399,19 +457,30 @@ impl Shared {
                 if let Some(shared) = shared.upgrade() {
                     metrics::GATEWAY_DISCONNECTS.count(&[reason_label(reason)]);
                     shared.forget(&session);
+                    if reason == DisconnectReason::ClientNSDisconnect {
+                        shared.vacate(&session);
+                    }
                 }
                 std::future::ready(())
             }
         });
+        self.keep.begin(session.user);
         self.rooms.enter(&session);
     }
 
     /// Starts the actor of a socket that is connected now.
     pub(super) fn begin(&self, socket: &Socket) {
         let actor = socket.extensions.remove::<Arc<Mutex<Option<Actor>>>>().and_then(|actor| lock(&actor).take());
-        if let Some(actor) = actor {
-            self.tasks.spawn(actor.live());
-        }
+        let Some(mut actor) = actor else { return };
+        let traceparent = handshake::traceparent(socket.req_parts());
+        // Boxed where there is a span, so that the others have no room for one.
+        match telemetry::session(traceparent.as_deref()) {
+            Some((trace, span)) => {
+                actor.belongs_to(trace);
+                self.tasks.spawn(Box::pin(actor.live().instrument(span)))
+            }
+            None => self.tasks.spawn(actor.live()),
+        };
     }
 
     /// The session is over: its place is free, nothing more is sent to it, its actor ends. A repeat changes nothing.
@@ -421,6 +490,29 @@ impl Shared {
         }
         lock(&session.seat).take();
         session.over.cancel();
+    }
+
+    /// The client has left the namespace: a transport that nobody comes back on within the time of a handshake is
+    /// closed, as one that nobody ever came on is. It would hold memory and count for nobody.
+    fn vacate(self: &Arc<Self>, session: &Session) {
+        let is_websocket =
+            session.socket.upgrade().is_some_and(|socket| socket.transport_type() == TransportType::Websocket);
+        let (shared, sid) = (Arc::clone(self), session.sid.clone());
+        let line = session.line.clone().filter(|_| is_websocket);
+        self.tasks.spawn(async move {
+            tokio::select! {
+                () = sleep(HANDSHAKE_TIMEOUT) => {}
+                // Transports without a session end with the drain.
+                () = shared.draining.cancelled() => return,
+            }
+            if shared.rooms.by_sid(&sid).is_some() {
+                return;
+            }
+            match shared.lines.find(&sid).or(line) {
+                Some(line) => line.close(),
+                None => shared.close_polling(&sid).await,
+            }
+        });
     }
 
     /// Ends a session from our side, so that its client connects again by itself: the transport is closed, the socket

@@ -14,11 +14,12 @@ use lapin::message::Delivery;
 use lapin::options::{
     BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicNackOptions, BasicQosOptions, QueueDeclareOptions,
 };
-use lapin::types::{FieldTable, ShortString};
+use lapin::types::{AMQPValue, FieldTable, ShortString};
 use tokio::sync::{Notify, Semaphore};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use tracing::Instrument;
 use uuid::Uuid;
 
 use super::RpcOptions;
@@ -28,6 +29,7 @@ use super::reply::{Replies, ReplyError};
 use super::wire::{self, Answer, Call, Packet, Pattern};
 use crate::ledger::LedgerError;
 use crate::metrics;
+use crate::telemetry::{Request, from_queue};
 
 /// Pauses between attempts double from the first to the last.
 const PAUSE_MIN: Duration = Duration::from_millis(100);
@@ -301,10 +303,12 @@ impl Consumer {
         let worker = Arc::clone(&self.worker);
         // The channel must outlive the acknowledgement: dropping its last handle closes it.
         let (on, channel) = (Arc::clone(session), channel.clone());
-        session.tasks.spawn(async move {
-            worker.work(&on, delivery).await;
+        let (span, request) = from_queue(&self.options.queue, traceparent(&delivery));
+        let work = async move {
+            worker.work(&on, delivery, request).await;
             drop(channel);
-        });
+        };
+        session.tasks.spawn(work.instrument(span));
     }
 
     /// After the consumer is cancelled: finishes what is in work and says goodbye.
@@ -365,7 +369,7 @@ impl Failure {
 }
 
 impl Worker {
-    async fn work(&self, session: &Session, delivery: Delivery) {
+    async fn work(&self, session: &Session, delivery: Delivery, request: Request) {
         let began = Instant::now();
         let text = wire::text(&delivery.data);
         let (pattern, outcome, settle) = match Packet::decode(&text) {
@@ -396,6 +400,8 @@ impl Worker {
         }
         metrics::RPC_MESSAGES.count(&[pattern, outcome]);
         metrics::RPC_SECONDS.observe(&[pattern], began.elapsed());
+        tracing::debug!(pattern, outcome, ms = began.elapsed().as_secs_f64() * 1000.0, "settled a message");
+        request.ends(pattern, outcome, matches!(outcome, "failed" | "dropped"));
     }
 
     /// Nobody handles the pattern.
@@ -481,11 +487,12 @@ impl Worker {
             return Err(Failure::Late);
         };
         let (dispatcher, call) = (Arc::clone(&self.dispatcher), Arc::clone(call));
-        let running = tokio::spawn(async move {
+        let running = async move {
             let answer = dispatcher.run(&call).await;
             drop(permit);
             answer
-        });
+        };
+        let running = tokio::spawn(running.in_current_span());
         match timeout_at(deadline, running).await {
             Ok(Ok(answer)) => Ok(answer?),
             Ok(Err(_)) => Err(Failure::Panicked),
@@ -530,6 +537,14 @@ impl Worker {
         metrics::RPC_REPLIES.count(&[outcome]);
         settle
     }
+}
+
+/// What the sender says of its trace.
+fn traceparent(delivery: &Delivery) -> Option<&str> {
+    let value = delivery.properties.headers().as_ref()?.inner().get("traceparent")?;
+    // The only text that clients send in headers.
+    let AMQPValue::LongString(text) = value else { return None };
+    std::str::from_utf8(text.as_bytes()).ok()
 }
 
 /// An outage of Redis is logged by the ledger, once; here it would be once per message.

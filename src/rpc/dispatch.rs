@@ -14,6 +14,7 @@ use crate::domain::{
 };
 use crate::inventory::Stock;
 use crate::ledger::{Ledger, LedgerError};
+use crate::metrics;
 
 /// Carries calls out.
 pub struct Dispatcher {
@@ -64,7 +65,9 @@ impl Dispatcher {
     }
 
     async fn validate(&self, request: &ValidateRequest) -> Result<Answer, LedgerError> {
-        Ok(match self.ledger.validate(request).await? {
+        let outcome = self.ledger.validate(request).await?;
+        metrics::RPC_VALIDATIONS.count(&[outcome.as_str()]);
+        Ok(match outcome {
             ValidateOutcome::Valid { lock, deadline } => Answer::Held(Held::new(lock, deadline)),
             ValidateOutcome::NotFound => Answer::NotHeld(NotHeld::NOT_FOUND),
             ValidateOutcome::Expired => Answer::NotHeld(NotHeld::EXPIRED),
@@ -78,7 +81,9 @@ impl Dispatcher {
         order: Option<&OrderId>,
     ) -> Result<Answer, LedgerError> {
         let Some(lock) = lock else { return Ok(Answer::Truth(false)) };
-        Ok(Answer::Truth(match self.ledger.confirm(lock, user, order).await? {
+        let outcome = self.ledger.confirm(lock, user, order).await?;
+        metrics::RPC_CONFIRMS.count(&[outcome.as_str()]);
+        Ok(Answer::Truth(match outcome {
             ConfirmOutcome::Confirmed | ConfirmOutcome::AlreadyConfirmed => true,
             ConfirmOutcome::OtherOrder
             | ConfirmOutcome::WrongUser
@@ -90,7 +95,9 @@ impl Dispatcher {
 
     async fn release(&self, lock: Option<LockId>, user: Option<UserId>) -> Result<Answer, LedgerError> {
         let Some(lock) = lock else { return Ok(Answer::Truth(false)) };
-        Ok(Answer::Truth(match self.ledger.release(lock, Releaser::Orders { user }).await? {
+        let outcome = self.ledger.release(lock, Releaser::Orders { user }).await?;
+        metrics::RPC_RELEASES.count(&[outcome.as_str()]);
+        Ok(Answer::Truth(match outcome {
             ReleaseOutcome::Released(_) | ReleaseOutcome::AlreadyReleased(_) => true,
             ReleaseOutcome::ReleasedByOther
             | ReleaseOutcome::Confirmed
@@ -101,7 +108,9 @@ impl Dispatcher {
     }
 
     async fn order(&self, report: &OrderReport, order_is_number: bool) -> Result<Answer, LedgerError> {
-        match self.ledger.order(report).await? {
+        let outcome = self.ledger.order(report).await?;
+        metrics::RPC_ORDERS.count(&[report.result.as_str(), outcome.as_str()]);
+        match outcome {
             // A repeat may mean that the one before broke off here: to tell the user twice is better than never.
             OrderOutcome::Noted | OrderOutcome::Repeated => {
                 let message = Personal::Order {

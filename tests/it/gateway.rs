@@ -13,15 +13,11 @@ use tokio::time::{Instant, timeout};
 use tokio_tungstenite::tungstenite::Message;
 
 use crate::support::gateway::{
-    Browser, Got, PATIENCE, Raw, Replica, options, redis_ledger, replica, replica_on, token, token_for,
+    Browser, Got, PATIENCE, Raw, Replica, lock, options, redis_ledger, replica, replica_on, token, token_for,
 };
 use crate::support::ledger::{category, event, order_id, snapshot, user};
 use crate::support::proxy::{Path, Proxy};
 use crate::support::redis::RedisServer;
-
-fn lock(event: u64, category: u64, quantity: u64) -> Value {
-    json!({ "eventId": event, "categoryId": category, "quantity": quantity })
-}
 
 /// Waits for a condition about the replica.
 async fn eventually(what: &str, condition: impl AsyncFn() -> bool) {

@@ -10,6 +10,7 @@ use reqwest::{Client, Response};
 use serde_json::{Value, json};
 
 use crate::support::{
+    free_port,
     process::{Seatlock, run},
     redis::RedisServer,
 };
@@ -342,4 +343,49 @@ async fn no_log_line_shows_a_password() {
     assert_eq!(seatlock.exit_code(), 0);
     let log = seatlock.log().join("\n");
     assert!(!log.contains("hunter2"), "{log}");
+}
+
+/// `--health` asks the running process, by the addresses that it was given, and its exit code is what container engines want.
+#[tokio::test]
+async fn the_binary_says_of_another_whether_it_is_ready() {
+    let redis = RedisServer::start().await;
+    let (url, admin) = (redis.url(), format!("0.0.0.0:{}", free_port()));
+    let catalogue = ("SEATLOCK_EVENTS_URL", "file:src/inventory/demo.json");
+    let env = [KEY, catalogue, ("SEATLOCK_REDIS_URL", &url), ("SEATLOCK_ADMIN_LISTEN", &admin)];
+    let seatlock = Seatlock::start(&[], &env);
+    let public = seatlock.url.trim_start_matches("http://").to_owned();
+    let health = async |env: Vec<(&'static str, String)>| {
+        let asked = tokio::task::spawn_blocking(move || {
+            let env: Vec<(&str, &str)> = env.iter().map(|(name, value)| (*name, value.as_str())).collect();
+            run(&["--health"], &env)
+        });
+        let ended = asked.await.expect("it ends");
+        (ended.code, ended.err)
+    };
+    let asked = vec![("SEATLOCK_LISTEN", public.clone()), ("SEATLOCK_ADMIN_LISTEN", admin)];
+    let start = Instant::now();
+    while health(asked.clone()).await.0 != 0 {
+        assert!(start.elapsed() < PATIENCE, "it gets ready");
+    }
+    assert_eq!(health(asked.clone()).await, (0, String::new()));
+
+    drop(redis);
+    let start = Instant::now();
+    let (code, why) = loop {
+        let answer = health(asked.clone()).await;
+        if answer.0 != 0 {
+            break answer;
+        }
+        assert!(start.elapsed() < PATIENCE, "it stays ready without its ledger");
+    };
+    assert!(code == 1 && why.starts_with("seatlock: not ready: {") && why.contains("ledger"), "{code} {why}");
+
+    let (code, why) = health(vec![("SEATLOCK_LISTEN", public)]).await;
+    assert!(code == 1 && why.starts_with("seatlock: not ready: "), "readiness is not public here: {code} {why}");
+    let nobody = format!("127.0.0.1:{}", free_port());
+    let (code, why) = health(vec![("SEATLOCK_LISTEN", nobody)]).await;
+    assert!(code == 1 && why.contains("does not answer"), "{code} {why}");
+    let (code, why) = health(vec![("SEATLOCK_LISTEN", "nowhere".to_owned())]).await;
+    assert!(code == 64 && why.contains("SEATLOCK_LISTEN"), "{code} {why}");
+    assert_eq!(health(vec![("SEATLOCK_ADMIN_LISTEN", "x".to_owned())]).await.0, 64);
 }

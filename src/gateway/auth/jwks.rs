@@ -276,22 +276,33 @@ impl Shared {
         self.read(&body)
     }
 
-    /// Reads key by key: one of a type not known here must not cost the others.
     fn read(&self, body: &[u8]) -> Result<Vec<Arc<VerifyingKey>>, FetchError> {
-        let mut set: Value = serde_json::from_slice(body).map_err(|_| FetchError::Malformed)?;
-        let Some(Value::Array(offered)) = set.get_mut("keys").map(Value::take) else {
-            return Err(FetchError::Malformed);
-        };
-        let count = offered.len();
-        if count > KEYS_MAX {
-            return Err(FetchError::TooMany(count));
-        }
-        let keys: Vec<_> = offered
-            .into_iter()
-            .filter_map(|key| serde_json::from_value::<Jwk>(key).ok())
-            .filter_map(|key| VerifyingKey::jwk(&key, &self.checks))
-            .map(Arc::new)
-            .collect();
-        if keys.is_empty() { Err(FetchError::NoneUsable(count)) } else { Ok(keys) }
+        read(body, &self.checks)
     }
+}
+
+/// Reads a key set key by key: one of a type not known here must not cost the others.
+fn read(body: &[u8], checks: &Validation) -> Result<Vec<Arc<VerifyingKey>>, FetchError> {
+    let mut set: Value = serde_json::from_slice(body).map_err(|_| FetchError::Malformed)?;
+    let Some(Value::Array(offered)) = set.get_mut("keys").map(Value::take) else {
+        return Err(FetchError::Malformed);
+    };
+    let count = offered.len();
+    if count > KEYS_MAX {
+        return Err(FetchError::TooMany(count));
+    }
+    let keys: Vec<_> = offered
+        .into_iter()
+        .filter_map(|key| serde_json::from_value::<Jwk>(key).ok())
+        .filter_map(|key| VerifyingKey::jwk(&key, checks))
+        .map(Arc::new)
+        .collect();
+    if keys.is_empty() { Err(FetchError::NoneUsable(count)) } else { Ok(keys) }
+}
+
+/// Reads a key set for nothing but its algorithms: none of them is symmetric.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(super) fn fuzz(body: &[u8]) {
+    let keys = read(body, &super::checks(None, None)).unwrap_or_default();
+    assert!(keys.iter().all(|key| !key.allows(Algorithm::HS256) && !key.validation.algorithms.is_empty()));
 }

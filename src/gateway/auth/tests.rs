@@ -22,7 +22,7 @@ fn at(seconds: u64) -> SystemTime {
 }
 
 fn verifier(keys: KeySource) -> TokenVerifier {
-    TokenVerifier::new(VerifierOptions { keys, issuer: None, audience: None }).unwrap()
+    TokenVerifier::new(VerifierOptions { keys, issuer: None, audience: None, events_claim: None }).unwrap()
 }
 
 fn by_secret() -> TokenVerifier {
@@ -57,16 +57,16 @@ fn unauthorized<T>(reason: Reason) -> Result<T, TokenError> {
 
 #[tokio::test]
 async fn a_good_token_names_its_user_and_its_expiry() {
-    let expected = Claims { user: UserId::new(42).unwrap(), expires_at: at(NOW + 60) };
+    let expected = Claims { user: UserId::new(42).unwrap(), expires_at: at(NOW + 60), scope: Scope::Any };
     for algorithm in [Algorithm::HS256, Algorithm::HS384, Algorithm::HS512] {
         let token = token(algorithm, &secret_key(), &good());
-        assert_eq!(by_secret().verify_at(&token, at(NOW)).await, Ok(expected), "{algorithm:?}");
+        assert_eq!(by_secret().verify_at(&token, at(NOW)).await, Ok(expected.clone()), "{algorithm:?}");
     }
 }
 
 #[tokio::test]
 async fn a_public_key_verifies_the_algorithms_of_its_type_and_no_other() {
-    let expected = Claims { user: UserId::new(42).unwrap(), expires_at: at(NOW + 60) };
+    let expected = Claims { user: UserId::new(42).unwrap(), expires_at: at(NOW + 60), scope: Scope::Any };
     let rsa =
         [Algorithm::RS256, Algorithm::RS384, Algorithm::RS512, Algorithm::PS256, Algorithm::PS384, Algorithm::PS512];
     let cases: [(Pair, &[Algorithm]); 4] = [
@@ -79,7 +79,7 @@ async fn a_public_key_verifies_the_algorithms_of_its_type_and_no_other() {
         let verifier = by_pem(pair);
         for algorithm in *allowed {
             let token = token(*algorithm, &pair.private, &good());
-            assert_eq!(verifier.verify_at(&token, at(NOW)).await, Ok(expected), "{algorithm:?}");
+            assert_eq!(verifier.verify_at(&token, at(NOW)).await, Ok(expected.clone()), "{algorithm:?}");
         }
         for (other, algorithms) in &cases {
             if std::ptr::eq(pair, other) {
@@ -226,8 +226,8 @@ async fn a_token_ends_five_seconds_after_its_expiry_to_the_millisecond() {
     let token = token(Algorithm::HS256, &secret_key(), &json!({ "sub": "42", "exp": NOW }));
     let verifier = by_secret();
     let millisecond = Duration::from_millis(1);
-    let claims = Claims { user: UserId::new(42).unwrap(), expires_at: at(NOW) };
-    assert_eq!(verifier.verify_at(&token, at(NOW)).await, Ok(claims));
+    let claims = Claims { user: UserId::new(42).unwrap(), expires_at: at(NOW), scope: Scope::Any };
+    assert_eq!(verifier.verify_at(&token, at(NOW)).await, Ok(claims.clone()));
     assert_eq!(verifier.verify_at(&token, at(NOW) + LEEWAY - millisecond).await, Ok(claims));
     assert_eq!(verifier.verify_at(&token, at(NOW) + LEEWAY).await, Err(TokenError::Expired));
     assert_eq!(verifier.verify_at(&token, at(NOW + 86_400)).await, Err(TokenError::Expired));
@@ -281,6 +281,7 @@ async fn issuer_and_audience_are_compared_when_configured_and_only_then() {
         keys: KeySource::Secret(SECRET.to_vec()),
         issuer: issuer.map(str::to_owned),
         audience: audience.map(str::to_owned),
+        events_claim: None,
     };
     let claims = |extra: Value| {
         let mut claims = good();
@@ -371,6 +372,41 @@ async fn a_claim_that_is_a_list_or_an_object_where_a_value_belongs_is_refused() 
     assert_eq!(listed, unauthorized(Reason::User));
 }
 
+/// A token may be for some events only. What is there and cannot be read is refused, never taken for no restriction.
+#[tokio::test]
+async fn a_token_may_name_the_only_events_it_is_for() {
+    let of = |events_claim: Option<&str>| {
+        let keys = KeySource::Secret(SECRET.to_vec());
+        let events_claim = events_claim.map(str::to_owned);
+        TokenVerifier::new(VerifierOptions { keys, issuer: None, audience: None, events_claim }).unwrap()
+    };
+    let (events, shows, blind) = (of(Some("events")), of(Some("https://shop.example/shows")), of(None));
+    let event = |id| EventId::new(id).unwrap();
+    let claims = |name: &str, list: Value| {
+        let mut claims = good();
+        claims.as_object_mut().unwrap().insert(name.to_owned(), list);
+        claims
+    };
+    for (list, admitted) in [
+        (json!([7, "9", 3]), vec![3, 7, 9]),
+        (json!([]), vec![]),
+        (json!([7, 7]), vec![7]),
+        (Value::Null, (1..=10).collect()),
+    ] {
+        let scope = judged(&events, claims("events", list.clone())).await.unwrap().scope;
+        let found: Vec<u64> = (1..=10).filter(|&id| scope.admits(event(id))).collect();
+        assert_eq!(found, admitted, "{list}");
+        assert_eq!(judged(&blind, claims("events", list.clone())).await.unwrap().scope, Scope::Any);
+        assert_eq!(judged(&shows, claims("events", list.clone())).await.unwrap().scope, Scope::Any);
+    }
+    let scope = judged(&shows, claims("https://shop.example/shows", json!([7]))).await.unwrap().scope;
+    assert!(scope.admits(event(7)) && !scope.admits(event(8)));
+    for list in [json!(7), json!("7"), json!({}), json!(true), json!([0]), json!([7, null]), json!([[7]]), json!([1.5])]
+    {
+        assert_eq!(judged(&events, claims("events", list.clone())).await, unauthorized(Reason::Events), "{list}");
+    }
+}
+
 /// A client that is told `token_expired` gets itself a new token; told so for any other defect it would do that for
 /// ever.
 #[tokio::test]
@@ -379,6 +415,7 @@ async fn expired_is_said_only_of_a_token_that_is_otherwise_good() {
         keys: KeySource::Secret(SECRET.to_vec()),
         issuer: Some("auth-service".to_owned()),
         audience: None,
+        events_claim: None,
     };
     let verifier = TokenVerifier::new(options).unwrap();
     let old = NOW - 3600;
@@ -395,8 +432,10 @@ async fn expired_is_said_only_of_a_token_that_is_otherwise_good() {
 
 #[test]
 fn keys_that_can_verify_nothing_are_refused_at_start() {
-    let refused =
-        |keys| TokenVerifier::new(VerifierOptions { keys, issuer: None, audience: None }).expect_err("a refusal");
+    let refused = |keys| {
+        TokenVerifier::new(VerifierOptions { keys, issuer: None, audience: None, events_claim: None })
+            .expect_err("a refusal")
+    };
     let pem = |pem: &[u8]| refused(KeySource::PublicKeyPem(pem.to_vec()));
     let rsa = openssl::rsa(2048);
 
@@ -425,7 +464,7 @@ fn keys_that_can_verify_nothing_are_refused_at_start() {
 fn secrets_are_in_no_debug_text() {
     let text = str::from_utf8(SECRET).unwrap();
     let keys = KeySource::Secret(SECRET.to_vec());
-    let options = VerifierOptions { keys, issuer: None, audience: None };
+    let options = VerifierOptions { keys, issuer: None, audience: None, events_claim: None };
     assert!(!format!("{options:?}").contains(text));
     let bytes = format!("{SECRET:?}");
     assert!(!format!("{options:?}").contains(&bytes[1..20]));

@@ -85,7 +85,7 @@ async fn answer_request(State(script): State<Arc<Script>>) -> Response<Body> {
 }
 
 fn fetching(url: Url, pace: Pace) -> TokenVerifier {
-    let options = VerifierOptions { keys: KeySource::Jwks(url), issuer: None, audience: None };
+    let options = VerifierOptions { keys: KeySource::Jwks(url), issuer: None, audience: None, events_claim: None };
     // A proxy in the environment of the tests must not come between.
     TokenVerifier::with(options, pace, reqwest::Client::builder().no_proxy()).unwrap()
 }
@@ -409,6 +409,7 @@ async fn issuer_and_times_are_checked_for_fetched_keys_too() {
         keys: KeySource::Jwks(provider.url()),
         issuer: Some("https://id.example/".to_owned()),
         audience: None,
+        events_claim: None,
     };
     let verifier = TokenVerifier::with(options, EAGER, reqwest::Client::builder().no_proxy()).unwrap();
     let mut header = Header::new(Algorithm::ES256);
