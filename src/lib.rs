@@ -4,7 +4,7 @@
 //!
 //! ```text
 //! main -> app -> gateway, rpc, http, fanout, inventory -> ledger -> domain
-//!                config, metrics, shutdown, telemetry: leaves
+//!                callers (of gateway and http), config, metrics, shutdown, telemetry: leaves
 //! ```
 //!
 //! - [`domain`]: the words and the model of one event. Pure.
@@ -22,9 +22,13 @@
 //! - Nothing waits without a limit, and nothing that grows is without a bound.
 
 pub mod app;
+pub mod callers;
 pub mod config;
 pub mod domain;
 pub mod fanout;
+#[cfg(any(test, feature = "fuzzing"))]
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod gateway;
 pub mod http;
 pub mod inventory;

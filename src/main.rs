@@ -4,11 +4,14 @@ use std::{env, fmt::Display, io::Write, process::ExitCode};
 
 use seatlock::{
     app::{self, End, StartError},
-    config::{self, Config, Invocation, LogFormat},
+    config::{self, Config, Invocation, LogFormat, Traces},
+    http::probe,
     shutdown::{Shutdown, Signals},
-    telemetry,
+    telemetry::{self, Export},
 };
 
+/// What container engines take for unhealthy; they reserve the other codes.
+const UNHEALTHY: u8 = 1;
 /// The exit codes of `sysexits.h`; `--help` explains them.
 const USAGE: u8 = 64;
 const UNAVAILABLE: u8 = 69;
@@ -22,22 +25,27 @@ fn main() -> ExitCode {
             let _ = std::io::stdout().write_all(text.as_bytes());
             ExitCode::SUCCESS
         }
+        Ok(Invocation::Health(address)) => match probe::ready(address) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => fail(UNHEALTHY, error),
+        },
         Err(mistakes) => fail(USAGE, mistakes),
     }
 }
 
 fn serve(config: Config) -> ExitCode {
-    if let Err(error) = telemetry::install(&config.log, config.log_format == LogFormat::Json) {
-        return fail(SOFTWARE, error);
-    }
-    for warning in &config.warnings {
-        tracing::warn!("{warning}");
-    }
     let runtime = match tokio::runtime::Runtime::new() {
         Ok(runtime) => runtime,
         Err(error) => return fail(SOFTWARE, error),
     };
     let ended = runtime.block_on(async {
+        let export = config.traces.as_ref().map(export);
+        if let Err(error) = telemetry::install(&config.log, config.log_format == LogFormat::Json, export.as_ref()) {
+            return fail(SOFTWARE, error);
+        }
+        for warning in &config.warnings {
+            tracing::warn!("{warning}");
+        }
         let shutdown = Shutdown::new();
         match Signals::take() {
             Ok(signals) => tokio::spawn(signals.drive(shutdown.clone())),
@@ -54,6 +62,16 @@ fn serve(config: Config) -> ExitCode {
     // What is still running was given up by the drain; nothing waits for it.
     runtime.shutdown_background();
     ended
+}
+
+fn export(traces: &Traces) -> Export {
+    Export {
+        endpoint: traces.endpoint.reveal().to_owned(),
+        shown: traces.endpoint.to_string(),
+        share: traces.share,
+        heeds_parent: traces.heeds_parent,
+        timeout: traces.timeout,
+    }
 }
 
 /// Says why on standard error, in words for people whatever the log's format is.

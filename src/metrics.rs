@@ -2,6 +2,8 @@
 //!
 //! Labels take values from closed enums only, never an event, a user, a lock or a socket.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{PoisonError, RwLock};
 use std::time::Duration;
 
 use metrics::{Label, SharedString};
@@ -31,11 +33,32 @@ pub struct Metric {
     pub help: &'static str,
     /// Label names, in the order in which values are given.
     pub labels: &'static [&'static str],
+    handles: Handles,
 }
+
+/// The recorder's handles by label values: finding one anew for every event would cost as much as reading a message.
+type Handles = RwLock<Vec<(Vec<&'static str>, Recorded)>>;
+
+#[derive(Debug)]
+enum Recorded {
+    Counter(metrics::Counter),
+    Gauge(metrics::Gauge),
+    Histogram(metrics::Histogram),
+}
+
+/// Handles made before there is a recorder would count for nobody, for ever.
+static INSTALLED: AtomicBool = AtomicBool::new(false);
 
 /// Seconds, for request latencies: from what a script takes to the request timeout.
 pub const LATENCY_SECONDS: &[f64] =
     &[0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0];
+
+/// Seconds, for lateness that users notice: from a tick to what would be an outage.
+pub const LAG_SECONDS: &[f64] = &[0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0];
+
+/// Seconds that a lock was held: from a second thought to the longest usual life, five minutes and a checkout.
+pub const HELD_SECONDS: &[f64] =
+    &[1.0, 5.0, 10.0, 15.0, 30.0, 60.0, 90.0, 120.0, 180.0, 240.0, 300.0, 360.0, 600.0, 1800.0];
 
 macro_rules! metrics {
     ($($(#[doc = $help:literal])+ $kind:ident $ident:ident = $name:literal $({ $($label:ident),* })? $([ $buckets:expr ])?;)*) => {
@@ -46,6 +69,7 @@ macro_rules! metrics {
                 name: $name,
                 help: concat!($($help),+),
                 labels: &[$($(stringify!($label)),*)?],
+                handles: RwLock::new(Vec::new()),
             };
         )*
         /// All of them, in the order of this file.
@@ -60,12 +84,25 @@ metrics! {
     // ledger
     /// Lock requests by outcome.
     counter LEDGER_LOCKS = "seatlock_ledger_locks_total" { outcome };
+    /// Locks that ended, by how (`confirmed`, `released`, `expired`, `abandoned`), counted once in the fleet: by the replica
+    /// that ended it or, for deadlines, that learned of it from the ledger.
+    counter LEDGER_ENDS = "seatlock_ledger_ends_total" { reason };
+    /// Seconds that locks were held before they ended, by how they ended.
+    histogram LEDGER_HELD = "seatlock_ledger_held_seconds" { reason } [HELD_SECONDS];
+    /// Seconds from a lock's deadline to its end.
+    histogram LEDGER_EXPIRY_LAG = "seatlock_ledger_expiry_lag_seconds" [LAG_SECONDS];
     /// Seconds until the ledger answered, by script.
     histogram LEDGER_CALL = "seatlock_ledger_call_seconds" { script } [LATENCY_SECONDS];
     /// Ledger calls that got no answer, by script and kind of error.
     counter LEDGER_ERRORS = "seatlock_ledger_errors_total" { script, kind };
     /// 1 while the connection to Redis stands.
     gauge LEDGER_UP = "seatlock_ledger_connected";
+    /// Connections to Redis that were lost.
+    counter LEDGER_DISCONNECTS = "seatlock_ledger_disconnects_total";
+    /// Seconds from a publication by this replica to its delivery to this replica, twice a second.
+    histogram LEDGER_DELIVERY = "seatlock_ledger_delivery_seconds" [LAG_SECONDS];
+    /// Items that wait between the ledger and the fan-out, sampled every round of updates.
+    gauge LEDGER_FEED_LEN = "seatlock_ledger_feed_len";
     /// Notices lost because this replica was too slow to take them; everything watched is read again.
     counter LEDGER_NOTICES_LOST = "seatlock_ledger_notices_lost_total";
     /// Times the subscription looked alive and delivered nothing.
@@ -81,6 +118,8 @@ metrics! {
     counter INVENTORY_QUESTIONS = "seatlock_inventory_questions_total" { outcome };
     /// Seconds until the events-service answered.
     histogram INVENTORY_QUESTION_SECONDS = "seatlock_inventory_question_seconds" [LATENCY_SECONDS];
+    /// Seconds since the stock of watched events was last known to be fresh, of the event for which that is longest.
+    gauge INVENTORY_STOCK_AGE = "seatlock_inventory_stock_age_seconds";
     /// Answers that came after the answer to a later question and changed nothing.
     counter INVENTORY_OLDER = "seatlock_inventory_older_answers_total";
     /// Events whose stock is kept fresh by this replica.
@@ -108,7 +147,14 @@ metrics! {
     gauge FANOUT_WATCHED = "seatlock_fanout_watched_events";
     /// Users that local sockets belong to.
     gauge FANOUT_LISTENING = "seatlock_fanout_listening_users";
-    /// Seconds that one round of updates took.
+    /// Seconds from the first news of a room to the moment at which it is told them; the tick is part of it.
+    histogram FANOUT_LAG = "seatlock_fanout_lag_seconds" [LAG_SECONDS];
+    /// Watched categories of which more tickets are active and settling than exist. Must be 0.
+    gauge FANOUT_OVERSOLD = "seatlock_fanout_oversold_categories";
+    /// Grants after which more tickets were active and settling than there was stock, as every watching replica sees them.
+    /// Must be 0.
+    counter FANOUT_OVERGRANTS = "seatlock_fanout_overgrants_total";
+    /// Seconds that it took to tell every room that was due once.
     histogram FANOUT_ROUND_SECONDS = "seatlock_fanout_round_seconds" [LATENCY_SECONDS];
     // gateway
     /// Attempts to fetch the keys that tokens are verified with, by outcome.
@@ -119,6 +165,8 @@ metrics! {
     gauge GATEWAY_USERS = "seatlock_gateway_users";
     /// Connections that were not accepted, by reason.
     counter GATEWAY_REFUSED = "seatlock_gateway_handshakes_refused_total" { reason };
+    /// Requests of clients that were refused because of how much had come before, by the limit that was reached.
+    counter GATEWAY_LIMITED = "seatlock_gateway_limited_total" { limit };
     /// Sockets that ended, by what the transport says about it.
     counter GATEWAY_DISCONNECTS = "seatlock_gateway_disconnects_total" { reason };
     /// Sockets that this service ended, by its reason.
@@ -129,6 +177,8 @@ metrics! {
     counter GATEWAY_ANSWERS = "seatlock_gateway_answers_total" { name, outcome };
     /// Seconds from the turn of a message to its answer.
     histogram GATEWAY_ANSWER_SECONDS = "seatlock_gateway_answer_seconds" { name } [LATENCY_SECONDS];
+    /// Messages to sockets that nobody asked for, news of rooms aside, by what became of them (`sent`, `waiting`, `dropped`).
+    counter GATEWAY_PUSHES = "seatlock_gateway_pushes_total" { outcome };
     /// Times an answer had to wait because the socket's send buffer was full.
     counter GATEWAY_FULL = "seatlock_gateway_send_waits_total";
     /// Messages that a socket did not get because its send buffer was full, by kind.
@@ -139,15 +189,30 @@ metrics! {
     counter GATEWAY_MENDED = "seatlock_gateway_mendings_total";
     /// Sessions that ended, by whether the ledger was told (`left`, `retried`, `given_up`).
     counter GATEWAY_LEAVES = "seatlock_gateway_leaves_total" { outcome };
+    /// Locks granted here by how they ended.
+    counter GATEWAY_LOCK_ENDINGS = "seatlock_gateway_lock_endings_total" { ending };
+    /// Users by the share of their locks that they abandoned instead of buying, of the last hours on this replica; who
+    /// has had fewer than three is among the `few`.
+    gauge GATEWAY_ABANDONERS = "seatlock_gateway_users_by_abandoned_share" { share };
     // rpc
     /// RabbitMQ messages by pattern and by what became of them.
     counter RPC_MESSAGES = "seatlock_rpc_messages_total" { pattern, outcome };
     /// Seconds from the delivery of a message to its acknowledgement.
     histogram RPC_SECONDS = "seatlock_rpc_message_seconds" { pattern } [LATENCY_SECONDS];
+    /// Validations of locks for the orders-service, by outcome.
+    counter RPC_VALIDATIONS = "seatlock_rpc_validations_total" { outcome };
+    /// Confirmations of locks by the orders-service, by outcome.
+    counter RPC_CONFIRMS = "seatlock_rpc_confirms_total" { outcome };
+    /// Releases of locks by the orders-service, by outcome.
+    counter RPC_RELEASES = "seatlock_rpc_releases_total" { outcome };
+    /// Reported orders by their result and by what the report changed (`noted`, `repeated`, `after_cancel`).
+    counter RPC_ORDERS = "seatlock_rpc_orders_total" { result, outcome };
     /// Replies to RabbitMQ requests by what became of them.
     counter RPC_REPLIES = "seatlock_rpc_replies_total" { outcome };
     /// Losses of the connection to RabbitMQ, and consumers ended by the broker.
     counter RPC_INTERRUPTIONS = "seatlock_rpc_interruptions_total" { what };
+    /// 1 where RabbitMQ is configured.
+    gauge RPC_CONFIGURED = "seatlock_rpc_configured";
     /// 1 while the queue is being consumed.
     gauge RPC_CONSUMING = "seatlock_rpc_consuming";
     /// 1 while the broker takes no replies because it lacks memory or disk.
@@ -155,12 +220,15 @@ metrics! {
     /// Messages in work, sampled every second.
     gauge RPC_IN_WORK = "seatlock_rpc_in_work";
     // app
+    /// 1, with the version of the program.
+    gauge APP_INFO = "seatlock_app_info" { version };
     /// Tasks of this process, sampled every five seconds: a few for each open socket.
     gauge APP_TASKS = "seatlock_app_tasks";
     // http
     /// HTTP answers beside Socket.IO, by route and class of status.
     counter HTTP_REQUESTS = "seatlock_http_requests_total" { route, status };
-    /// Connections by what became of them first: accepted, refused by the system, or closed because no request came.
+    /// Connections by what became of them first: accepted, refused by the system, of an address that has too many
+    /// (`crowded`), or closed because no request came.
     counter HTTP_CONNECTIONS = "seatlock_http_connections_total" { outcome };
     /// One while new clients are welcome, else zero.
     gauge HTTP_READY = "seatlock_http_ready";
@@ -179,17 +247,49 @@ impl Metric {
 
     /// Counts `n`.
     pub fn add(&self, values: &[&'static str], n: u64) {
-        metrics::counter!(self.name, self.labels(values)).increment(n);
+        self.with(values, |handle| {
+            if let Recorded::Counter(counter) = handle {
+                counter.increment(n);
+            }
+        });
     }
 
     /// Sets a gauge.
     pub fn set(&self, values: &[&'static str], value: f64) {
-        metrics::gauge!(self.name, self.labels(values)).set(value);
+        self.with(values, |handle| {
+            if let Recorded::Gauge(gauge) = handle {
+                gauge.set(value);
+            }
+        });
     }
 
     /// Adds a duration, in seconds, to a histogram.
     pub fn observe(&self, values: &[&'static str], elapsed: Duration) {
-        metrics::histogram!(self.name, self.labels(values)).record(elapsed.as_secs_f64());
+        self.with(values, |handle| {
+            if let Recorded::Histogram(histogram) = handle {
+                histogram.record(elapsed.as_secs_f64());
+            }
+        });
+    }
+
+    /// Calls `act` with the handle of these label values.
+    fn with(&self, values: &[&'static str], act: impl FnOnce(&Recorded)) {
+        let known = self.handles.read().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, handle)) = known.iter().find(|(of, _)| of == values) {
+            return act(handle);
+        }
+        drop(known);
+        let labels = self.labels(values);
+        let handle = match self.kind {
+            Kind::Counter => Recorded::Counter(metrics::counter!(self.name, labels)),
+            Kind::Gauge => Recorded::Gauge(metrics::gauge!(self.name, labels)),
+            Kind::Histogram(_) => Recorded::Histogram(metrics::histogram!(self.name, labels)),
+        };
+        act(&handle);
+        if INSTALLED.load(Ordering::Relaxed) {
+            // Two at once may both be added; they are handles of the same metric.
+            self.handles.write().unwrap_or_else(PoisonError::into_inner).push((values.to_vec(), handle));
+        }
     }
 }
 
@@ -207,6 +307,7 @@ pub fn install() -> Result<Handle, BuildError> {
         }
     }
     let handle = builder.install_recorder()?;
+    INSTALLED.store(true, Ordering::Relaxed);
     for metric in ALL {
         let help = SharedString::const_str(metric.help.trim_ascii());
         match metric.kind {

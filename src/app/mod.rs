@@ -17,6 +17,7 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
+    callers::Addresses,
     config::Config,
     domain::ReplicaId,
     fanout::{Fanout, FanoutOptions},
@@ -32,6 +33,7 @@ use crate::{
     metrics,
     rpc::Rpc,
     shutdown::{Phase, Shutdown},
+    telemetry,
 };
 
 /// How often the metrics' buffers are emptied, so that they do not grow when nobody reads them, and tasks are counted.
@@ -40,6 +42,9 @@ const UPKEEP_EVERY: Duration = Duration::from_secs(5);
 /// Kept of the drain: for the farewell to the ledger, and for connections that do not close by themselves.
 const FAREWELL: Duration = Duration::from_secs(1);
 const CUTTING: Duration = Duration::from_secs(2);
+
+/// How long the last spans may take to their collector, within the drain: a dead one is not waited for.
+const FLUSHING: Duration = Duration::from_secs(2);
 
 /// Why the process did not start.
 #[derive(Debug, thiserror::Error)]
@@ -131,7 +136,7 @@ impl App {
         let ledger = parts::ledger(config, replica)?;
         let (stock, catalogue) = parts::stock(config, &ledger, &stop.stock)?;
         let options = parts::gateway_options(config, &stock);
-        let cors = options.origins.cors();
+        let (cors, addresses) = (options.origins.cors(), Arc::clone(&options.addresses));
         let gateway = Gateway::new(options, Arc::clone(&verifier), Arc::clone(&ledger), Arc::clone(&stock));
         let ticks = FanoutOptions { tick: config.fanout_tick, ..FanoutOptions::default() };
         let (rooms, heard) = (Arc::clone(&stock), Arc::clone(&ledger));
@@ -152,7 +157,10 @@ impl App {
         background.spawn(fleet::beat(Arc::clone(&ledger), replica, gateway.clone(), stop.background.clone()));
         background.spawn(fleet::reap(Arc::clone(&ledger), config.disconnect_grace, stop.background.clone()));
         background.spawn(Arc::clone(&health).run(stop.background.clone()));
-        background.spawn(upkeep(handle.clone(), stop.background.clone()));
+        background.spawn(upkeep(handle.clone(), Arc::clone(&stock), stop.background.clone()));
+        metrics::APP_INFO.set(&[env!("CARGO_PKG_VERSION")], 1.0);
+        let (followed, until) = (gateway.clone(), stop.background.clone());
+        background.spawn(async move { followed.follow(until).await });
         // A key set that cannot be had shows in the log before the first user does; nothing waits for it.
         background.spawn(async move { verifier.prepare().await });
 
@@ -162,6 +170,7 @@ impl App {
             stock: Arc::clone(&stock),
             metrics: handle,
             request_timeout: config.request_timeout,
+            addresses: Arc::clone(&addresses),
         };
         let demo = parts::demo(issuer, catalogue.as_deref());
         let serving = TaskTracker::new();
@@ -173,11 +182,18 @@ impl App {
         if let Some(listener) = admin {
             let address = listener.local_addr().unwrap_or(config.listen);
             tracing::info!(listen = %address, "serving admin");
-            serving.spawn(serve(listener, http::admin(&sources), plain, limits, stop.serving.clone()));
+            serving.spawn(serve(
+                listener,
+                http::admin(&sources),
+                plain,
+                limits,
+                Addresses::unlimited(),
+                stop.serving.clone(),
+            ));
         }
         let address = listener.local_addr().unwrap_or(config.listen);
         let routes = http::public(&sources, demo, config.admin_listen.is_none()).layer(cors).merge(gateway.routes());
-        serving.spawn(serve(listener, routes, Line::over, limits, stop.serving.clone()));
+        serving.spawn(serve(listener, routes, Line::over, limits, addresses, stop.serving.clone()));
         tracing::info!(listen = %address, %replica, version = env!("CARGO_PKG_VERSION"), "serving");
         if config.demo {
             invite(address);
@@ -215,7 +231,9 @@ impl App {
 
         // A lease that is not given back ends by itself; its locks are then abandoned a few seconds later.
         let farewell = tokio::spawn(async move { self.ledger.farewell(self.replica).await });
-        match timeout_at(deadline, farewell).await {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let (farewell, ()) = tokio::join!(timeout_at(deadline, farewell), telemetry::flush(left.min(FLUSHING)));
+        match farewell {
             Ok(Ok(Ok(()))) => {}
             Ok(Ok(Err(error))) => tracing::warn!(%error, "the lease was not given back"),
             Ok(Err(_)) | Err(_) => tracing::warn!("the lease was not given back in time"),
@@ -253,7 +271,7 @@ fn invite(address: SocketAddr) {
     );
 }
 
-async fn upkeep(handle: metrics::Handle, stop: CancellationToken) {
+async fn upkeep(handle: metrics::Handle, stock: Arc<Stock>, stop: CancellationToken) {
     let mut ticks = interval(UPKEEP_EVERY);
     let runtime = tokio::runtime::Handle::current();
     loop {
@@ -262,6 +280,7 @@ async fn upkeep(handle: metrics::Handle, stop: CancellationToken) {
                 handle.run_upkeep();
                 let tasks = u32::try_from(runtime.metrics().num_alive_tasks()).unwrap_or(u32::MAX);
                 metrics::APP_TASKS.set(&[], tasks.into());
+                metrics::INVENTORY_STOCK_AGE.set(&[], stock.age().as_secs_f64());
             }
             () = stop.cancelled() => return,
         }

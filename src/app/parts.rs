@@ -8,7 +8,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::StartError;
 use crate::{
-    config::{Config, Secret, TokenKey},
+    callers::{Addresses, Quota, Range},
+    config::{Config, Rate, Secret, TokenKey},
     domain::{RateLimit, ReplicaId},
     gateway::{
         GatewayOptions, Origins,
@@ -19,6 +20,7 @@ use crate::{
     ledger::{
         Ledger, LedgerError, LedgerOptions, MemoryLedger, RedisClock, RedisLedger, RedisOptions, RedisSettingError,
     },
+    metrics,
     rpc::{self, Rpc, RpcOptions},
 };
 
@@ -45,6 +47,7 @@ pub(super) fn ledger(config: &Config, replica: ReplicaId) -> Result<Arc<dyn Ledg
             "lock state is embedded in this process: one replica only, and a restart forgets every lock \
              (SEATLOCK_REDIS_URL is not set)"
         );
+        metrics::LEDGER_UP.set(&[], 1.0);
         return Ok(Arc::new(MemoryLedger::new(options)));
     };
     let redis = RedisOptions {
@@ -84,6 +87,9 @@ pub(super) fn stock(
     tracing::info!(source = %url, "the source of stock");
     let request_timeout = config.request_timeout / 2;
     let source = inventory::connect(&url, SourceOptions { request_timeout, ..SourceOptions::default() }, stop.clone())?;
+    if source.catalogue.is_some() {
+        metrics::INVENTORY_CONNECTED.set(&[], 1.0);
+    }
     let options = StockOptions::new(config.stock_refresh, request_timeout);
     Ok((Stock::new(Arc::clone(ledger), source.stock, options, stop.clone()), source.catalogue))
 }
@@ -107,7 +113,12 @@ pub(super) fn tokens(config: &Config) -> Result<(Arc<TokenVerifier>, Option<Toke
             ("SEATLOCK_JWKS_URL", KeySource::Jwks(url), None)
         }
     };
-    let options = VerifierOptions { keys, issuer: config.jwt_issuer.clone(), audience: config.jwt_audience.clone() };
+    let options = VerifierOptions {
+        keys,
+        issuer: config.jwt_issuer.clone(),
+        audience: config.jwt_audience.clone(),
+        events_claim: config.jwt_events_claim.clone(),
+    };
     let verifier =
         TokenVerifier::new(options).map_err(|error| StartError::Setting { setting, why: error.to_string() })?;
     Ok((Arc::new(verifier), issuer))
@@ -130,16 +141,36 @@ pub(super) fn gateway_options(config: &Config, stock: &Stock) -> GatewayOptions 
         origins: Origins::new(config.cors_origins.clone()),
         request_timeout: config.request_timeout,
         lock_ttl: config.lock_ttl,
+        abandoner_ttl: config.abandoner_ttl,
         disconnect_grace: config.disconnect_grace,
         drain_grace: config.disconnect_grace.max(DRAIN_GRACE_MIN),
         max_per_lock: config.max_per_lock,
         max_per_event: config.max_per_event,
-        rate: config.rate_limit.map(|rate| RateLimit { interval: rate.interval, burst: rate.burst }),
+        rate: config.rate_limit.map(rate_limit),
         stock_age_max: stock.age_wanted(),
         token_grace: config.token_grace,
         slow_client: config.slow_client,
+        sockets_per_user_max: config.user_connections as usize,
+        user_handshakes: config.user_handshakes.map(rate_limit),
+        user_messages: config.user_messages.map(rate_limit),
+        addresses: addresses(config),
         ..GatewayOptions::default()
     }
+}
+
+fn rate_limit(rate: Rate) -> RateLimit {
+    RateLimit { interval: rate.interval, burst: rate.burst }
+}
+
+/// What one address may take, and who says for whom he speaks.
+fn addresses(config: &Config) -> Arc<Addresses> {
+    let proxies = config.trusted_proxies.iter().map(|&(base, bits)| Range::new(base, bits)).collect();
+    let quota = Quota {
+        connections: config.address_connections.map(|max| max as usize),
+        handshakes: config.address_handshakes.map(rate_limit),
+        messages: config.address_messages.map(rate_limit),
+    };
+    Addresses::new(proxies, quota)
 }
 
 /// What RabbitMQ's callers are told is what `/stats` says.
@@ -174,6 +205,7 @@ pub(super) fn rpc(
         request_timeout: config.request_timeout,
         checkout_window: config.checkout_window,
     };
+    metrics::RPC_CONFIGURED.set(&[], 1.0);
     let stats = Arc::new(RpcStats(Arc::clone(stats)));
     Ok(Some(rpc::start(options, Arc::clone(ledger), Arc::clone(stock), stats, stop.clone())))
 }

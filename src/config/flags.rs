@@ -20,8 +20,12 @@ const NETWORK: &str = "Network";
 const NEIGHBOURS: &str = "Neighbours";
 const TOKENS: &str = "Tokens (exactly one key, unless --demo)";
 const LOCKS: &str = "Locks";
+const CALLERS: &str = "Callers (docs/security.md says what to set on a public address)";
 const PACE: &str = "Pace and patience";
 const PROCESS: &str = "Process";
+
+/// The flag that asks instead of serving.
+pub(super) const HEALTH: &str = "health";
 
 const fn flag(
     heading: &'static str,
@@ -59,6 +63,7 @@ pub(super) const FLAGS: &[Flag] = &[
         "Where lock state lives: redis://, redis-sentinel://, redis-cluster://HOST:PORT, each with rediss for TLS, or \
          unix:PATH. Without it lock state lives in this process: one replica only, and a restart forgets it",
     ),
+    flag(NEIGHBOURS, "redis-url-file", "PATH", None, "The same, read from a file, because it may hold a password"),
     flag(
         NEIGHBOURS,
         "redis-ca-file",
@@ -74,6 +79,7 @@ pub(super) const FLAGS: &[Flag] = &[
         "Redis replicas that must have a grant before it is answered; 0 does not wait",
     ),
     flag(NEIGHBOURS, "amqp-url", "URL", None, "RabbitMQ, as amqp:// or amqps://. Without it no RPC is served"),
+    flag(NEIGHBOURS, "amqp-url-file", "PATH", None, "The same, read from a file"),
     flag(NEIGHBOURS, "amqp-queue", "NAME", Some("realtime_queue"), "The queue that the other services send to"),
     flag(
         NEIGHBOURS,
@@ -83,18 +89,28 @@ pub(super) const FLAGS: &[Flag] = &[
         "The events-service that knows the stock: tcp://HOST:PORT (NestJS TCP), amqp://HOST/?queue=NAME (NestJS \
          RabbitMQ), or file:PATH (a fixed catalogue in JSON). Required, unless --demo",
     ),
+    flag(NEIGHBOURS, "events-url-file", "PATH", None, "The same, read from a file"),
     flag(
         TOKENS,
         "jwt-secret",
         "SECRET",
         None,
-        "The shared key of HS256 tokens, 32 bytes or more. Better given as the variable: flags can be seen by other users \
+        "The shared key of HS256, HS384 or HS512 tokens, 32 bytes or more. Better given as the variable: flags can be seen by other users \
          of the machine",
     ),
+    flag(TOKENS, "jwt-secret-file", "PATH", None, "The same, read from a file; the end of its line is not part of it"),
     flag(TOKENS, "jwt-public-key-file", "PATH", None, "The public key of signed tokens, a PEM file"),
     flag(TOKENS, "jwks-url", "URL", None, "Where the identity service publishes its keys, http:// or https://"),
     flag(TOKENS, "jwt-issuer", "TEXT", None, "The issuer that tokens must name; without it any"),
     flag(TOKENS, "jwt-audience", "TEXT", None, "The audience that tokens must name; without it any"),
+    flag(
+        TOKENS,
+        "jwt-events-claim",
+        "NAME",
+        Some("events"),
+        "The claim of a token that lists the ids of the only events it is for; a token without it is for any. off looks at \
+         none",
+    ),
     flag(
         TOKENS,
         "token-grace",
@@ -103,6 +119,14 @@ pub(super) const FLAGS: &[Flag] = &[
         "From the message that a token expired to the end of its connection",
     ),
     flag(LOCKS, "lock-ttl", "DURATION", Some("5m"), "How long a lock stands if nothing else happens"),
+    flag(
+        LOCKS,
+        "abandoner-ttl",
+        "DURATION",
+        None,
+        "The shortest time that a lock stands for users who let one after the other lapse: half as long for each beyond \
+         two in a row, as counted by this replica, until they buy. Without it all have the same time",
+    ),
     flag(
         LOCKS,
         "checkout-window",
@@ -134,6 +158,45 @@ pub(super) const FLAGS: &[Flag] = &[
         "Tickets of one event that a user may hold and have bought at most; without it any",
     ),
     flag(LOCKS, "rate-limit", "RATE", Some("10/s burst 20"), "Lock requests per user and event, or off"),
+    flag(CALLERS, "user-connections", "N", Some("50"), "Sockets of one user on this replica at most"),
+    flag(CALLERS, "user-handshakes", "RATE", Some("10/s burst 100"), "Sockets that one user may open, or off"),
+    flag(
+        CALLERS,
+        "user-messages",
+        "RATE",
+        Some("1000/s burst 2000"),
+        "Messages of one user over all sockets on this replica, or off",
+    ),
+    flag(
+        CALLERS,
+        "trusted-proxies",
+        "RANGES",
+        None,
+        "The load balancers in front, such as 10.0.0.0/8,fd00::/8: their X-Forwarded-For says whose address a request \
+         counts for. Without it that is whoever connects",
+    ),
+    flag(
+        CALLERS,
+        "address-connections",
+        "N",
+        None,
+        "Transports of one address on this replica at most, and apart from them connections before an upgrade; without \
+         it any. An IPv6 address stands for its /64",
+    ),
+    flag(
+        CALLERS,
+        "address-handshakes",
+        "RATE",
+        Some("off"),
+        "Transports that one address may open, and apart from them tokens that it may present, or off",
+    ),
+    flag(
+        CALLERS,
+        "address-messages",
+        "RATE",
+        Some("off"),
+        "Messages of one address, HTTP requests for stock and statistics among them, or off",
+    ),
     flag(
         PACE,
         "fanout-tick",
@@ -162,7 +225,8 @@ pub(super) const FLAGS: &[Flag] = &[
         "log",
         "FILTER",
         Some("info"),
-        "What is logged: error, warn, info, debug, trace, or a list such as info,seatlock::rpc=debug",
+        "What is logged: error, warn, info, debug, trace, or a list such as info,seatlock::rpc=debug. Libraries log what \
+         they carry below info, and are heard there only when they are named",
     ),
     flag(
         PROCESS,
@@ -216,14 +280,21 @@ pub(super) fn command() -> Command {
         .after_help(
             "A flag goes before its variable; an empty variable is one that is not set.\n\
              Durations have a unit: 50ms, 30s, 5m.\n\n\
+             Spans are exported, by a build with the feature otlp, where OTEL_EXPORTER_OTLP_ENDPOINT\n\
+             and the other standard variables say (docs/operations.md).\n\n\
              Exit codes:\n  \
              0   stopped as asked, everything in flight answered\n  \
+             1   not ready (--health)\n  \
              64  a mistake in flags or variables; all of them are listed\n  \
              69  something needed at the start cannot be had, such as the port\n  \
              70  stopped by a fault of its own, or before the drain had ended",
         )
         .next_line_help(true)
         .args(FLAGS.iter().map(Flag::argument))
+        .arg(Arg::new(HEALTH).long(HEALTH).action(ArgAction::SetTrue).help_heading(PROCESS).help(filled(
+            "Ask the process that runs here with the same --listen and --admin-listen whether it is ready, and \
+                     exit with 0 or 1: for containers without a shell. No variable",
+        )))
 }
 
 /// The text in lines of at most a hundred characters, broken between words.

@@ -4,11 +4,19 @@
 //! Knows nothing of the modules that it configures: [`crate::app`] translates.
 
 mod flags;
+mod otel;
 mod secret;
 mod value;
 
 use std::{
-    collections::BTreeMap, ffi::OsString, fmt, net::SocketAddr, ops::RangeInclusive, path::PathBuf, time::Duration,
+    collections::BTreeMap,
+    ffi::OsString,
+    fmt,
+    io::Read as _,
+    net::{IpAddr, SocketAddr},
+    ops::RangeInclusive,
+    path::{Path, PathBuf},
+    time::Duration,
 };
 
 use clap::{
@@ -19,6 +27,7 @@ use clap::{
 use tracing_subscriber::{EnvFilter, filter::LevelFilter};
 
 use flags::{FLAGS, Flag};
+pub use otel::Traces;
 pub use secret::{Secret, SecretUrl, redacted};
 
 /// What the process was started with.
@@ -38,8 +47,10 @@ pub struct Config {
     pub token_key: TokenKey,
     pub jwt_issuer: Option<String>,
     pub jwt_audience: Option<String>,
+    pub jwt_events_claim: Option<String>,
     pub token_grace: Duration,
     pub lock_ttl: Duration,
+    pub abandoner_ttl: Option<Duration>,
     pub checkout_window: Duration,
     pub disconnect_grace: Duration,
     pub settle_timeout: Duration,
@@ -47,6 +58,14 @@ pub struct Config {
     pub max_per_lock: u32,
     pub max_per_event: Option<u32>,
     pub rate_limit: Option<Rate>,
+    pub user_connections: u32,
+    pub user_handshakes: Option<Rate>,
+    pub user_messages: Option<Rate>,
+    /// First addresses of ranges, and how many of their bits are the range's.
+    pub trusted_proxies: Vec<(IpAddr, u8)>,
+    pub address_connections: Option<u32>,
+    pub address_handshakes: Option<Rate>,
+    pub address_messages: Option<Rate>,
     pub fanout_tick: Duration,
     pub stock_refresh: Duration,
     pub request_timeout: Duration,
@@ -55,6 +74,8 @@ pub struct Config {
     pub log: String,
     pub log_format: LogFormat,
     pub demo: bool,
+    /// `None` when no spans are exported.
+    pub traces: Option<Traces>,
     /// What is odd but not wrong, to be logged once logging works.
     pub warnings: Vec<String>,
 }
@@ -97,6 +118,8 @@ pub enum Invocation {
     Run(Box<Config>),
     /// To print this text and stop: help or version.
     Print(String),
+    /// To ask the process that serves this address whether it is ready.
+    Health(SocketAddr),
 }
 
 /// Everything that is wrong with the flags and variables.
@@ -120,6 +143,13 @@ impl std::error::Error for Mistakes {}
 const REDIS_SCHEMES: &[&str] =
     &["redis", "rediss", "redis-sentinel", "rediss-sentinel", "redis-cluster", "rediss-cluster", "unix"];
 
+/// Settings that hold a secret, or a URL that may: each can be given as `FLAG-file` instead, the path of a file with
+/// the value. Orchestrators mount secrets so, and a file is in no list of processes and in no dump of variables.
+const FROM_FILES: &[&str] = &["jwt-secret", "redis-url", "amqp-url", "events-url"];
+
+/// A secret or a URL is far shorter; more is some other file.
+const SECRET_FILE_BYTES_MAX: u64 = 64 * 1024;
+
 const SECOND: Duration = Duration::from_secs(1);
 const HOUR: Duration = Duration::from_hours(1);
 /// What a drain takes beside the requests in flight.
@@ -140,16 +170,26 @@ pub fn parse(
         CommandLine::Print(text) => return Ok(Invocation::Print(text)),
         CommandLine::Read(matches) => matches,
     };
+    let env: Vec<_> = env.into_iter().collect();
+    let mut warnings = Vec::new();
+    let traces = otel::traces(&env, cfg!(feature = "otlp"), &mut warnings);
     let env = env
         .into_iter()
         .filter_map(|(name, value)| name.into_string().ok().map(|name| (name, value)))
         .filter(|(name, value)| name.starts_with("SEATLOCK_") && !value.is_empty())
         .collect();
-    let mut read = Read { matches, env, mistakes, warnings: Vec::new() };
+    let mut read = Read { matches, env, files: BTreeMap::new(), mistakes, warnings };
+    if read.matches.get_flag(flags::HEALTH) {
+        let public = read.value("listen", value::address);
+        let address = read.value("admin-listen", value::address).or(public);
+        let mistakes = read.mistakes;
+        return address.filter(|_| mistakes.is_empty()).map(Invocation::Health).ok_or(Mistakes(mistakes));
+    }
     read.foreign_variables();
+    read.read_files();
     let mut config = read.config();
     if read.mistakes.is_empty() {
-        config.warnings = read.warnings;
+        (config.traces, config.warnings) = (traces, read.warnings);
         Ok(Invocation::Run(Box::new(config)))
     } else {
         Err(Mistakes(read.mistakes))
@@ -219,6 +259,8 @@ struct Read {
     matches: ArgMatches,
     /// Variables that begin with `SEATLOCK_` and are not empty.
     env: BTreeMap<String, OsString>,
+    /// What was read from files, by flag: the name of the setting that names the file, and the text in it.
+    files: BTreeMap<String, (String, OsString)>,
     mistakes: Vec<String>,
     warnings: Vec<String>,
 }
@@ -254,8 +296,10 @@ impl Read {
             token_key,
             jwt_issuer: self.value("jwt-issuer", text),
             jwt_audience: self.value("jwt-audience", text),
+            jwt_events_claim: self.value("jwt-events-claim", text).filter(|name| name != "off"),
             token_grace: self.duration("token-grace", Duration::ZERO..=HOUR),
             lock_ttl: self.duration("lock-ttl", SECOND..=24 * HOUR),
+            abandoner_ttl: self.value("abandoner-ttl", |text| value::duration(text, &(SECOND..=24 * HOUR))),
             checkout_window: self.duration("checkout-window", SECOND..=24 * HOUR),
             disconnect_grace: self.duration("disconnect-grace", Duration::ZERO..=HOUR),
             settle_timeout: self.duration("settle-timeout", SECOND..=HOUR),
@@ -263,6 +307,13 @@ impl Read {
             max_per_lock: self.integer("max-per-lock", 1..=PER_LOCK_MAX).unwrap_or_default(),
             max_per_event: self.integer("max-per-event", 1..=1_000_000),
             rate_limit: self.value("rate-limit", value::rate).flatten(),
+            user_connections: self.integer("user-connections", 1..=10_000).unwrap_or_default(),
+            user_handshakes: self.value("user-handshakes", value::rate).flatten(),
+            user_messages: self.value("user-messages", value::rate).flatten(),
+            trusted_proxies: self.value("trusted-proxies", value::ranges).unwrap_or_default(),
+            address_connections: self.integer("address-connections", 1..=1_000_000),
+            address_handshakes: self.value("address-handshakes", value::rate).flatten(),
+            address_messages: self.value("address-messages", value::rate).flatten(),
             // A lost announcement must heal within 5 s, tick included.
             fanout_tick: self.duration("fanout-tick", Duration::from_millis(1)..=SECOND),
             stock_refresh: self.duration("stock-refresh", SECOND..=HOUR),
@@ -272,6 +323,7 @@ impl Read {
             log: self.value("log", filter).unwrap_or_default(),
             log_format: self.value("log-format", log_format).unwrap_or(LogFormat::Text),
             demo,
+            traces: None,
             warnings: Vec::new(),
         };
         self.cross_check(&mut config);
@@ -355,12 +407,39 @@ impl Read {
         }
     }
 
+    /// Whether a setting is given, by itself or by the file that holds it.
     fn is_given(&self, flag: &str) -> bool {
+        self.is_given_itself(flag) || FROM_FILES.contains(&flag) && self.is_given_itself(&format!("{flag}-file"))
+    }
+
+    fn is_given_itself(&self, flag: &str) -> bool {
         self.matches.value_source(flag) == Some(ValueSource::CommandLine) || self.env.contains_key(&variable(flag))
     }
 
-    /// The text of a setting and the name under which it was given: the flag, else the variable, else the default.
+    /// Takes the settings that are in files of their own as if they had been given themselves.
+    fn read_files(&mut self) {
+        for flag in FROM_FILES {
+            let in_file = format!("{flag}-file");
+            let Some((name, path)) = self.raw(&in_file) else { continue };
+            if self.is_given_itself(flag) {
+                self.mistakes.push(format!("{}, {name}: give one of them, not both", variable(flag)));
+                continue;
+            }
+            match secret_file(path.as_ref()) {
+                Ok(text) => {
+                    self.files.insert((*flag).to_owned(), (name, text.into()));
+                }
+                Err(error) => self.mistakes.push(format!("{name}: {error}")),
+            }
+        }
+    }
+
+    /// The text of a setting and the name under which it was given: its file, else the flag, else the variable, else
+    /// the default.
     fn raw(&self, flag: &str) -> Option<(String, OsString)> {
+        if let Some(given) = self.files.get(flag) {
+            return Some(given.clone());
+        }
         let value = self.matches.get_one::<OsString>(flag).filter(|value| !value.is_empty()).cloned();
         if self.matches.value_source(flag) == Some(ValueSource::CommandLine) {
             return value.map(|value| (format!("--{flag}"), value));
@@ -431,6 +510,21 @@ fn is_near(name: &str, known: &str) -> bool {
 #[expect(clippy::unnecessary_wraps, reason = "one shape for all parsers")]
 fn text(text: &str) -> Result<String, String> {
     Ok(text.to_owned())
+}
+
+/// The text in a file without the end of its line. No error says what the file holds or where it is: the path itself
+/// may be a secret in the wrong place.
+fn secret_file(path: &Path) -> Result<String, String> {
+    let mut bytes = Vec::new();
+    std::fs::File::open(path)
+        .and_then(|file| file.take(SECRET_FILE_BYTES_MAX + 1).read_to_end(&mut bytes))
+        .map_err(|error| format!("the file cannot be read ({})", error.kind()))?;
+    if bytes.len() as u64 > SECRET_FILE_BYTES_MAX {
+        return Err("the file is too long to be a secret".to_owned());
+    }
+    let text = String::from_utf8(bytes).map_err(|_| "the file is not UTF-8".to_owned())?;
+    let text = text.trim_end_matches(['\r', '\n']);
+    if text.trim().is_empty() { Err("the file is empty".to_owned()) } else { Ok(text.to_owned()) }
 }
 
 /// A queue name: AMQP carries it as a short string.

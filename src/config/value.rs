@@ -1,6 +1,10 @@
 //! How the text of a setting becomes its value. No error repeats the text: it may be a secret in the wrong place.
 
-use std::{net::SocketAddr, ops::RangeInclusive, time::Duration};
+use std::{
+    net::{IpAddr, SocketAddr},
+    ops::RangeInclusive,
+    time::Duration,
+};
 
 use super::{Rate, SecretUrl};
 
@@ -68,6 +72,20 @@ pub(super) fn rate(text: &str) -> Result<Option<Rate>, String> {
 /// Web origins separated by commas, or `*` for any.
 pub(super) fn origins(text: &str) -> Result<Vec<String>, String> {
     text.split(',').map(str::trim).filter(|origin| !origin.is_empty()).map(origin).collect()
+}
+
+/// Ranges of addresses separated by commas, such as `10.0.0.0/8`; a bare address is a range of one.
+pub(super) fn ranges(text: &str) -> Result<Vec<(IpAddr, u8)>, String> {
+    text.split(',').map(str::trim).filter(|range| !range.is_empty()).map(range).collect()
+}
+
+fn range(text: &str) -> Result<(IpAddr, u8), String> {
+    let shape = || "must be addresses or ranges such as 10.0.0.0/8 or fd00::/8, separated by commas".to_owned();
+    let (base, bits) = text.split_once('/').map_or((text, None), |(base, bits)| (base, Some(bits)));
+    let base: IpAddr = base.parse().map_err(|_| shape())?;
+    let width = if base.is_ipv4() { 32 } else { 128 };
+    let bits = bits.map_or(Ok(width), |bits| integer(bits, &(0..=width)).map_err(|_| shape()))?;
+    Ok((base, u8::try_from(bits).map_err(|_| shape())?))
 }
 
 fn origin(text: &str) -> Result<String, String> {
@@ -179,6 +197,16 @@ mod tests {
         assert!(url("tcp://events:8879", &["tcp"]).is_ok());
         for text in ["tcp://events", "tcp://events:8879/path", "tcp://user@events:8879", "tcp://events:8879?queue=q"] {
             assert_eq!(url(text, &["tcp"]), Err("must be just tcp://HOST:PORT".to_owned()), "{text}");
+        }
+    }
+
+    #[test]
+    fn ranges_are_addresses_and_bits() {
+        let ip = |text: &str| text.parse::<IpAddr>().unwrap();
+        let expected = vec![(ip("10.0.0.0"), 8), (ip("192.0.2.7"), 32), (ip("fd00::"), 8), (ip("::1"), 128)];
+        assert_eq!(ranges("10.0.0.0/8, 192.0.2.7,fd00::/8,::1,"), Ok(expected));
+        for text in ["10.0.0.0/33", "fd00::/129", "10.0.0/8", "proxy", "10.0.0.0/", "10.0.0.0/-1", "10.0.0.0/8/8"] {
+            assert!(ranges(text).is_err(), "{text}");
         }
     }
 

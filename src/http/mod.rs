@@ -6,15 +6,16 @@
 
 pub mod demo;
 pub mod health;
+pub mod probe;
 pub mod serve;
 pub mod stats;
 mod wire;
 
-use std::{sync::Arc, time::Duration};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use axum::{
     Json, Router,
-    extract::{MatchedPath, Path, Request, State},
+    extract::{ConnectInfo, MatchedPath, Path, Request, State},
     http::{StatusCode, header},
     middleware::{self, Next},
     response::{IntoResponse, Response},
@@ -23,6 +24,7 @@ use axum::{
 use serde_json::json;
 
 use crate::{
+    callers::Addresses,
     domain::EventId,
     inventory::{Stock, StockError},
     ledger::LedgerError,
@@ -48,6 +50,8 @@ pub struct Sources {
     pub metrics: metrics::Handle,
     /// Within which every request is answered.
     pub request_timeout: Duration,
+    /// What one address may ask.
+    pub addresses: Arc<Addresses>,
 }
 
 /// The routes for everybody; with those of [`admin`] unless they are served elsewhere.
@@ -56,6 +60,7 @@ pub fn public(sources: &Sources, demo: Option<Demo>, with_admin: bool) -> Router
         .route("/", get(root))
         .route("/stats", get(fleet_stats))
         .route("/events/{id}/availability", get(availability))
+        .route_layer(middleware::from_fn_with_state(sources.clone(), limit))
         .with_state(sources.clone());
     if let Some(demo) = demo {
         router = router.merge(demo::routes(demo));
@@ -95,6 +100,24 @@ fn refusal(status: StatusCode, code: &'static str, message: &str) -> Response {
 
 async fn not_found() -> Response {
     refusal(StatusCode::NOT_FOUND, "not_found", "No such path")
+}
+
+/// Refuses an address that has asked too much: behind these routes are Redis and the events-service.
+async fn limit(State(sources): State<Sources>, request: Request, next: Next) -> Response {
+    let Some(ConnectInfo(peer)) = request.extensions().get::<ConnectInfo<SocketAddr>>() else {
+        return next.run(request).await;
+    };
+    let lines = request.headers().get_all("x-forwarded-for").into_iter().filter_map(|line| line.to_str().ok());
+    let lines: Vec<_> = lines.collect();
+    let wait = match sources.addresses.quotas.caller(sources.addresses.of(peer.ip(), lines.into_iter())) {
+        Ok(None) => None,
+        Ok(Some(address)) => address.message().err(),
+        Err(_) => Some(Duration::from_secs(1)),
+    };
+    let Some(wait) = wait else { return next.run(request).await };
+    let seconds = wait.as_secs() + u64::from(wait.subsec_nanos() > 0);
+    let refusal = refusal(StatusCode::TOO_MANY_REQUESTS, "rate_limited", "Too many requests");
+    ([(header::RETRY_AFTER, seconds.to_string())], refusal).into_response()
 }
 
 async fn root() -> Response {

@@ -26,7 +26,7 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tower::Service;
 
-use crate::metrics;
+use crate::{callers::Addresses, metrics};
 
 /// How long a client may take.
 #[derive(Debug, Clone, Copy)]
@@ -71,12 +71,13 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// answered, or their time is over.
 ///
 /// `wrap` may put something around each stream, and what it returns beside it goes into the extensions of every request
-/// that comes over it.
+/// that comes over it. Of one of the `addresses` only so many are accepted as it may have.
 pub async fn serve<S, E>(
     listener: TcpListener,
     app: Router,
     wrap: fn(TcpStream) -> (S, E),
     limits: Limits,
+    addresses: Arc<Addresses>,
     stop: CancellationToken,
 ) where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
@@ -96,9 +97,14 @@ pub async fn serve<S, E>(
         };
         match accepted {
             Ok((stream, peer)) => {
+                let Ok(counted) = addresses.connection(peer.ip()) else {
+                    // Closed unread: whoever opens so many is not owed words.
+                    metrics::HTTP_CONNECTIONS.count(&["crowded"]);
+                    continue;
+                };
                 let (app, stop) = (app.clone(), stop.clone());
                 tasks.spawn(async move {
-                    let _permit = permit;
+                    let _held = (permit, counted);
                     metrics::HTTP_CONNECTIONS.count(&["accepted"]);
                     if let Err(error) = prepare(&stream, limits.slow_client) {
                         tracing::debug!(%error, "a connection broke before its first byte");
@@ -255,7 +261,8 @@ mod tests {
         let address = listener.local_addr().expect("bound");
         let stop = CancellationToken::new();
         let app = Router::new().route("/", get(|| async { "hello" })).route("/slow", slow);
-        let served = tokio::spawn(serve(listener, app, |stream| (stream, ()), LIMITS, stop.clone()));
+        let served =
+            tokio::spawn(serve(listener, app, |stream| (stream, ()), LIMITS, Addresses::unlimited(), stop.clone()));
         Server { address, stop, served, begun, gate }
     }
 

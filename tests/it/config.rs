@@ -17,6 +17,7 @@ fn parse(args: &[&str], env: &[(&str, &str)]) -> Result<Config, Vec<String>> {
     match config::parse(args, env) {
         Ok(Invocation::Run(config)) => Ok(*config),
         Ok(Invocation::Print(text)) => Err(vec![format!("not a run: {text}")]),
+        Ok(Invocation::Health(address)) => Err(vec![format!("not a run: {address}")]),
         Err(mistakes) => {
             let text = mistakes.to_string();
             Err(text.lines().filter_map(|line| line.strip_prefix("  ")).map(ToOwned::to_owned).collect())
@@ -39,14 +40,21 @@ fn the_defaults_are_the_promised_ones() {
     assert_eq!((config.redis_url, config.redis_ca_file, config.redis_wait), (None, None, 0));
     assert_eq!((config.amqp_url, config.amqp_queue.as_str()), (None, "realtime_queue"));
     assert_eq!((config.jwt_issuer, config.jwt_audience), (None, None));
+    assert_eq!(config.jwt_events_claim.as_deref(), Some("events"));
     assert_eq!(config.token_grace, seconds(25));
     assert_eq!(config.lock_ttl, seconds(300));
+    assert_eq!(config.abandoner_ttl, None);
     assert_eq!(config.checkout_window, seconds(60));
     assert_eq!(config.disconnect_grace, seconds(15));
     assert_eq!(config.settle_timeout, seconds(30));
     assert_eq!(config.expiry_warning, seconds(60));
     assert_eq!((config.max_per_lock, config.max_per_event), (10, None));
     assert_eq!(config.rate_limit, Some(Rate { interval: Duration::from_millis(100), burst: 20 }));
+    assert_eq!(config.user_connections, 50);
+    assert_eq!(config.user_handshakes, Some(Rate { interval: Duration::from_millis(100), burst: 100 }));
+    assert_eq!(config.user_messages, Some(Rate { interval: Duration::from_millis(1), burst: 2000 }));
+    assert!(config.trusted_proxies.is_empty());
+    assert_eq!((config.address_connections, config.address_handshakes, config.address_messages), (None, None, None));
     assert_eq!(config.fanout_tick, Duration::from_millis(50));
     assert_eq!(config.stock_refresh, seconds(10));
     assert_eq!(config.request_timeout, seconds(2));
@@ -75,9 +83,15 @@ fn help_explains_every_flag_and_variable() {
         "jwks-url",
         "jwt-issuer",
         "jwt-audience",
+        "jwt-events-claim",
+        "jwt-secret-file",
+        "redis-url-file",
+        "amqp-url-file",
+        "events-url-file",
         "token-grace",
         "cors-origins",
         "lock-ttl",
+        "abandoner-ttl",
         "checkout-window",
         "disconnect-grace",
         "settle-timeout",
@@ -85,6 +99,13 @@ fn help_explains_every_flag_and_variable() {
         "max-per-lock",
         "max-per-event",
         "rate-limit",
+        "user-connections",
+        "user-handshakes",
+        "user-messages",
+        "trusted-proxies",
+        "address-connections",
+        "address-handshakes",
+        "address-messages",
         "fanout-tick",
         "stock-refresh",
         "request-timeout",
@@ -176,6 +197,7 @@ fn no_output_ever_shows_a_secret() {
                 ) {
                     Ok(Invocation::Run(config)) => format!("{config:?}"),
                     Ok(Invocation::Print(text)) => text,
+                    Ok(Invocation::Health(address)) => address.to_string(),
                     Err(mistakes) => format!("{mistakes} {mistakes:?}"),
                 };
                 assert!(!texts.contains("hunter2"), "{name}={value}: {texts}");
@@ -280,6 +302,66 @@ fn there_is_exactly_one_token_key() {
     assert!(unsignable.len() == 1 && unsignable[0].contains("--demo cannot sign"), "{unsignable:?}");
     let named = parse(&["--demo", "--jwt-issuer=me"], &[]).expect_err("no issuer");
     assert!(named.len() == 1 && named[0].contains("tokens of --demo name neither"), "{named:?}");
+}
+
+/// What may hold a secret can be in a file instead: one line, whose end is no part of it. Both at once, or a file that
+/// holds no such thing, is a mistake, and no text of it is ever repeated.
+#[test]
+fn secrets_are_read_from_files() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let file = |name: &str, bytes: &[u8]| {
+        let path = folder.path().join(name);
+        std::fs::write(&path, bytes).expect("our folder");
+        path.display().to_string()
+    };
+    let key = file("key", format!("{KEY}\r\n").as_bytes());
+    let redis = file("redis", b"redis://:hunter2@cache:6379\n");
+    let amqp = file("amqp", b"amqp://u:hunter2@rabbit");
+    let events = file("events", b"amqp://u:hunter2@rabbit/?queue=events\n");
+    let given = [
+        ("SEATLOCK_JWT_SECRET_FILE", key.as_str()),
+        ("SEATLOCK_REDIS_URL_FILE", &redis),
+        ("SEATLOCK_AMQP_URL_FILE", &amqp),
+        ("SEATLOCK_EVENTS_URL_FILE", &events),
+    ];
+    let config = parse(&[], &given).expect("all that is needed");
+    assert_eq!(config.token_key, TokenKey::Secret(config::Secret::new(KEY)));
+    assert_eq!(config.redis_url.as_ref().map(config::SecretUrl::reveal), Some("redis://:hunter2@cache:6379"));
+    assert_eq!(config.amqp_url.as_ref().map(config::SecretUrl::reveal), Some("amqp://u:hunter2@rabbit"));
+    let url = config.events_url.as_ref().map(config::SecretUrl::reveal);
+    assert_eq!(url, Some("amqp://u:hunter2@rabbit/?queue=events"));
+    assert!(!format!("{config:?}").contains("hunter2"));
+    let flag = parse(&["--jwt-secret-file", &key], &given[1..]).expect("the flag does too");
+    assert_eq!(flag.token_key, config.token_key);
+
+    let long = file("long", &vec![b'x'; 100_000]);
+    for (path, what) in [
+        (file("empty", b" \n"), "the file is empty"),
+        (file("binary", b"hunter2\xff"), "the file is not UTF-8"),
+        (long, "the file is too long to be a secret"),
+        (folder.path().join("hunter2").display().to_string(), "the file cannot be read (entity not found)"),
+        (folder.path().display().to_string(), "the file cannot be read (is a directory)"),
+        (redis.clone(), ""),
+    ] {
+        let env = [given[0], given[3], ("SEATLOCK_REDIS_URL_FILE", path.as_str())];
+        let expected = if what.is_empty() { vec![] } else { vec![format!("SEATLOCK_REDIS_URL_FILE: {what}")] };
+        assert_eq!(parse(&[], &env).err().unwrap_or_default(), expected);
+    }
+    let wrong = file("wrong", b"http://u:hunter2@cache");
+    let mistakes = parse(&[], &[given[0], given[3], ("SEATLOCK_REDIS_URL_FILE", &wrong)]).expect_err("no Redis URL");
+    assert!(mistakes[0].starts_with("SEATLOCK_REDIS_URL_FILE: must be a URL of the form redis://"), "{mistakes:?}");
+    assert!(!mistakes[0].contains("hunter2"), "{mistakes:?}");
+
+    let both = [given[0], ("SEATLOCK_JWT_SECRET", "hunter2"), given[3], ("SEATLOCK_EVENTS_URL", "file:hunter2")];
+    assert_eq!(
+        parse(&[], &both).expect_err("two of each"),
+        [
+            "SEATLOCK_JWT_SECRET, SEATLOCK_JWT_SECRET_FILE: give one of them, not both",
+            "SEATLOCK_EVENTS_URL, SEATLOCK_EVENTS_URL_FILE: give one of them, not both",
+        ]
+    );
+    let keys = parse(&["--jwks-url=https://id.example"], &given).expect_err("two keys");
+    assert_eq!(keys, ["SEATLOCK_JWT_SECRET, SEATLOCK_JWKS_URL: give one token key, not 2"]);
 }
 
 #[test]
