@@ -5,7 +5,7 @@ const { execFileSync, spawnSync } = require('node:child_process');
 const fs = require('node:fs');
 const os = require('node:os');
 const path = require('node:path');
-const { Process, freePort } = require('./process.js');
+const { Process, freePort, removeFolder } = require('./process.js');
 const { Hopeless, until } = require('./wait.js');
 
 /** Debian keeps the programs of each version apart, off the path. */
@@ -70,7 +70,7 @@ class Postgres {
       this.process.signal('SIGINT');
       await this.process.ended;
     }
-    fs.rmSync(this.dir, { recursive: true, force: true });
+    removeFolder(this.dir);
   }
 }
 

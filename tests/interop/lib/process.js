@@ -2,6 +2,7 @@
 // Processes that a run owns: started with a bounded log, ended by their own id, never left behind.
 
 const { spawn } = require('node:child_process');
+const fs = require('node:fs');
 const net = require('node:net');
 const { within } = require('./wait.js');
 
@@ -25,6 +26,11 @@ async function freePort() {
   }
 }
 
+/** Removes the files of a process that has ended, while helpers of its own may still be on their way out. */
+function removeFolder(folder) {
+  fs.rmSync(folder, { recursive: true, force: true, maxRetries: 10, retryDelay: 100 });
+}
+
 /** True when something accepts connections there. */
 function accepts(port) {
   return new Promise((resolve) => {
@@ -44,13 +50,11 @@ class Process {
    * @param {string} name how the evidence calls it
    * @param {string} command
    * @param {string[]} args
-   * @param {{env?: object, ipc?: boolean, cwd?: string, uid?: number, gid?: number, adopt?: () => number|undefined}} options
-   *   `adopt` gives the id of the process that really has to be ended when `command` is only a script that starts it
+   * @param {{env?: object, ipc?: boolean, cwd?: string, uid?: number, gid?: number}} options
    */
   constructor(name, command, args, options = {}) {
     this.name = name;
     this.log = [];
-    this.adopt = options.adopt;
     this.child = spawn(command, args, {
       cwd: options.cwd,
       env: options.env ?? process.env,
@@ -93,13 +97,7 @@ class Process {
   }
 
   signal(name) {
-    const pid = this.adopt?.() ?? this.pid;
-    if (!this.alive || !pid) return;
-    try {
-      process.kill(pid, name);
-    } catch (error) {
-      if (error.code !== 'ESRCH') throw error;
-    }
+    if (this.alive) this.child.kill(name);
   }
 
   /** SIGTERM, and SIGKILL when that was not enough. Says how it ended. */
@@ -117,7 +115,6 @@ class Process {
   /** SIGKILL: what a crash looks like. */
   async kill() {
     this.signal('SIGKILL');
-    if (this.alive && this.child.pid) this.child.kill('SIGKILL');
     return within(5000, `${this.name} ends after SIGKILL`, this.ended);
   }
 }
@@ -130,14 +127,9 @@ async function stopAll() {
 // A run that dies for any reason takes its processes with it.
 process.on('exit', () => {
   for (const one of running) {
-    try {
-      one.signal('SIGKILL');
-      one.child.kill('SIGKILL');
-    } catch {
-      // Gone already.
-    }
+    one.signal('SIGKILL');
   }
 });
 for (const name of ['SIGINT', 'SIGTERM', 'SIGHUP']) process.on(name, () => process.exit(1));
 
-module.exports = { Process, accepts, freePort, stopAll };
+module.exports = { Process, accepts, freePort, removeFolder, stopAll };

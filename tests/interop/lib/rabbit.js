@@ -5,7 +5,7 @@ const fs = require('node:fs');
 const os = require('node:os');
 const path = require('node:path');
 const amqp = require('amqplib');
-const { Process, accepts, freePort } = require('./process.js');
+const { Process, accepts, freePort, removeFolder } = require('./process.js');
 const { Hopeless, until, within } = require('./wait.js');
 
 /** Debian's script in sbin changes the user and the environment; the one it calls does not. */
@@ -40,12 +40,10 @@ class Broker {
       RABBITMQ_GENERATED_CONFIG_DIR: at('generated'),
       RABBITMQ_CONFIG_FILE: at('rabbitmq'),
       RABBITMQ_ENABLED_PLUGINS_FILE: at('plugins'),
-      RABBITMQ_PID_FILE: at('pid'),
+      // The script replaces itself by the virtual machine, as for a service manager: its process is the one we end.
+      RUNNING_UNDER_SYSTEMD: 'true',
     };
-    broker.process = new Process('rabbitmq', serverScript(), [], {
-      env,
-      adopt: () => (fs.existsSync(at('pid')) ? Number(fs.readFileSync(at('pid'), 'utf8')) || undefined : undefined),
-    });
+    broker.process = new Process('rabbitmq', serverScript(), [], { env });
     try {
       await until(60_000, 'the broker accepts AMQP connections', async () => {
         if (!broker.process.alive) throw new Hopeless(`rabbitmq-server ended: ${broker.process.log.join('\n')}`);
@@ -69,7 +67,7 @@ class Broker {
     // Nothing of the broker's is kept, so nothing is gained by a slow farewell.
     await this.process.kill();
     await this.names.kill();
-    fs.rmSync(this.dir, { recursive: true, force: true });
+    removeFolder(this.dir);
   }
 }
 

@@ -6,7 +6,7 @@ const fs = require('node:fs');
 const net = require('node:net');
 const os = require('node:os');
 const path = require('node:path');
-const { Process, accepts, freePort } = require('./process.js');
+const { Process, accepts, freePort, removeFolder } = require('./process.js');
 const { Hopeless, until, within } = require('./wait.js');
 
 class Redis {
@@ -63,7 +63,7 @@ class Redis {
   /** Ends it for good. */
   async remove() {
     if (this.process.alive) await this.process.kill();
-    fs.rmSync(this.dir, { recursive: true, force: true });
+    removeFolder(this.dir);
   }
 }
 

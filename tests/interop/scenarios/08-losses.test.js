@@ -124,12 +124,14 @@ scenario('a replica dies, another hangs: buyers find their locks, tickets of tho
   );
   const grants = await Promise.all([comes, stays, tabs].map((client) => client.lock(EVENT, GOLD, 2)));
   const phone = await stage.client(b, 3, { name: 'telephone of buyer 3' });
+  await watcher.update(GOLD, (u) => u.availableTickets === 4);
 
+  const from = watcher.mark();
   await a.process.kill();
   const died = Date.now();
   const again = await stage.client(b, 1, { name: 'buyer 1, again' });
   assert.deepEqual(again.greeting.locks.map(({ lockId }) => lockId), [grants[0].lockId]);
-  await watcher.update(GOLD, (u) => u.availableTickets === 6, { within: LEASE_MS + grace + 9000, what: 'two tickets back' });
+  await watcher.update(GOLD, (u) => u.availableTickets === 6, { from, within: LEASE_MS + grace + 9000, what: 'two tickets back' });
   const late = Date.now() - died;
   assert.ok(late >= grace, `the tickets were back after ${late} ms`);
   await watcher.next('tickets-released-by-other-user');
