@@ -37,7 +37,7 @@ fn root() -> &'static Path {
 }
 
 /// Every file below a folder whose name ends so, in a fixed order. None at all is a mistake of the caller.
-fn files(folder: &str, ending: &str) -> Vec<File> {
+pub fn files(folder: &str, ending: &str) -> Vec<File> {
     let mut found = Vec::new();
     let mut waiting = vec![root().join(folder)];
     while let Some(path) = waiting.pop() {
