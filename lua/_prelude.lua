@@ -256,11 +256,24 @@ local function settle(lock, category, quantity, user, order, within_ms)
   redis.call('HSET', KEYS[6], field, waiting and waiting .. ' ' .. entry or entry)
 end
 
--- Marks a confirmed lock as sold now: the first snapshot with a higher number shows it.
+-- Draws a number for a question to the events-service or for a sale: higher than every one before, also than those that
+-- were drawn before Redis lost them.
+local function draw()
+  local number = math.max(tonumber(redis.call('HGET', KEYS[1], 'counter') or 0) + 1, now_us)
+  redis.call('HSET', KEYS[1], 'counter', int(number))
+  return number
+end
+
+-- Marks tickets as sold now: the first snapshot with a higher number shows them.
+local function mark_sold(member)
+  redis.call('ZADD', KEYS[5], int(draw()), member)
+  keep(KEYS[1], KEYS[5])
+end
+
+-- Marks those of a confirmed lock.
 local function mark(lock, category, quantity, user)
   local member = member_of(lock, category, int(quantity), user)
   stop_waiting(user, category, lock)
   redis.call('ZREM', KEYS[4], member)
-  redis.call('ZADD', KEYS[5], redis.call('HGET', KEYS[1], 'counter') or '0', member)
-  keep(KEYS[5])
+  mark_sold(member)
 end

@@ -11,7 +11,7 @@
 -- ARGV[3] generation  integer the user's presence generation of that session
 --
 -- RETURNS
---   {"adopted", {lock, category, quantity, created_ms, deadline_ms}, ...}   the user's active locks
+--   {"adopted", {lock, category, quantity, created_ms, deadline_ms, state}, ...}   the user's active locks
 --
 -- COST O(c + log n) in categories and active locks; 1 + 2c reads, 2 writes a lock.
 
@@ -29,7 +29,7 @@ for category in string.gmatch(redis.call('HGET', KEYS[1], 'categories') or '', '
       end
       save_held(held)
     end
-    reply[#reply + 1] = {held.lock, category, int(held.quantity), held.created, int(held.deadline)}
+    reply[#reply + 1] = {held.lock, category, int(held.quantity), held.created, int(held.deadline), held.state}
   end
 end
 return reply

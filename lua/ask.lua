@@ -17,6 +17,8 @@
 --
 -- COST O(log n + t) in confirmed locks and those that timed out (1,000 at most); 4 reads, 2 writes.
 
+local UNKNOWN_MS = '60000'
+
 local late = redis.call('ZRANGEBYSCORE', KEYS[4], '-inf', int(now), 'LIMIT', '0', int(BATCH))
 for _, member in ipairs(late) do
   local lock, category, quantity, user = string.match(member, '^([^|]+)|(%d+)|(%d+)|(%d+)$')
@@ -25,7 +27,11 @@ end
 local stored = redis.call('HGET', KEYS[1], 'stored_ms')
 local age_min = tonumber(ARGV[2])
 if stored and age_min > 0 and now - stored <= age_min and redis.call('EXISTS', KEYS[5]) == 0 then return {'fresh'} end
-local number = math.max(tonumber(redis.call('HGET', KEYS[1], 'counter') or 0) + 1, now_us)
-redis.call('HSET', KEYS[1], 'counter', int(number))
-keep(KEYS[1])
+local number = draw()
+if stored or #late > 0 then
+  keep(KEYS[1])
+else
+  -- There may be no such event: nothing is kept of it unless the answer says so. A number that is gone does no harm.
+  redis.call('PEXPIRE', KEYS[1], UNKNOWN_MS)
+end
 return {'ask', number, #late}

@@ -5,7 +5,7 @@
 -- ARGV[2] replica   text
 --
 -- RETURNS
---   {"entered", generation}   rises with every coming and going, also across loss of all data
+--   {"entered", generation, now_ms}   generation: rises with every coming and going, also across loss of all data
 --
 -- COST O(1); 1 read, 2 writes.
 
@@ -14,4 +14,4 @@ local now_us = clock[1] * 1000000 + clock[2]
 local generation = string.format('%d', math.max(tonumber(redis.call('HGET', KEYS[1], '#') or 0) + 1, now_us))
 redis.call('HSET', KEYS[1], ARGV[1], ARGV[2] .. ' ' .. generation, '#', generation)
 redis.call('PEXPIRE', KEYS[1], 604800000)
-return {'entered', generation}
+return {'entered', generation, math.floor(now_us / 1000)}

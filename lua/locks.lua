@@ -10,7 +10,7 @@
 -- ARGV[2] user       integer
 --
 -- RETURNS
---   {"locks", {lock, category, quantity, created_ms, deadline_ms}, ...}   by category as the events-service lists them
+--   {"locks", {lock, category, quantity, created_ms, deadline_ms, state}, ...}   by category as the events-service lists them
 --
 -- COST O(c) in categories of the event; 1 + 2c reads.
 
@@ -18,7 +18,7 @@ local reply = {'locks'}
 for category in string.gmatch(redis.call('HGET', KEYS[1], 'categories') or '', '%S+') do
   local held = held_lock(ARGV[2], category)
   if held and held.active then
-    reply[#reply + 1] = {held.lock, category, int(held.quantity), held.created, int(held.deadline)}
+    reply[#reply + 1] = {held.lock, category, int(held.quantity), held.created, int(held.deadline), held.state}
   end
 end
 return reply

@@ -1,7 +1,7 @@
 -- order: count a completed or cancelled order.
 --
--- A completed order marks the buyer's confirmed locks as sold at the counter's value: the first snapshot asked for after
--- that shows the sale and takes them out of `settling`. What no lock covers waits there under the order's own name. A
+-- A completed order marks the buyer's confirmed locks as sold with the next number: the first snapshot asked for after that
+-- shows the sale and takes them out of `settling`. What no lock covers waits there under the order's own name. A
 -- cancelled order's locks leave in the same way.
 --
 -- KEYS[1] counts     hash
@@ -88,10 +88,9 @@ if not record then
   local unmatched = math.max(0, quantity - matched)
   remember('completed', matched, unmatched)
   if unmatched > 0 and row then
-    redis.call('ZADD', KEYS[5], redis.call('HGET', KEYS[1], 'counter') or '0', entry(unmatched))
+    mark_sold(entry(unmatched))
     row.settling = row.settling + unmatched
     save(row, '')
-    keep(KEYS[1], KEYS[5])
   end
   return {'noted'}
 end

@@ -29,12 +29,25 @@ local warning = tonumber(ARGV[2])
 local warned = tonumber(redis.call('HGET', KEYS[1], 'warned_ms') or 0)
 local near = redis.call('ZRANGEBYSCORE', KEYS[2], '(' .. int(math.max(warned, now)), int(now + warning), 'WITHSCORES', 'LIMIT', '0',
   int(BATCH))
-for i = 1, #near, 2 do
-  local lock, user = string.match(near[i], '^([^|]+)|%d+|%d+|(%d+)$')
-  warned = tonumber(near[i + 1])
+local function warn(member)
+  local lock, user = string.match(member, '^([^|]+)|%d+|%d+|(%d+)$')
   tell(user, 'expiring ' .. lock .. ' ' .. int(warned) .. ' ' .. int(warned - now))
 end
-if #near < 2 * BATCH then warned = math.max(warned, now + warning) end
+local alike = 0
+for i = 1, #near, 2 do
+  local deadline = tonumber(near[i + 1])
+  alike = deadline == warned and alike + 1 or 1
+  warned = deadline
+  warn(near[i])
+end
+if #near < 2 * BATCH then
+  warned = math.max(warned, now + warning)
+else
+  -- The horizon passes the others of the last one's deadline too. They are few: a deadline is a millisecond.
+  for _, member in ipairs(redis.call('ZRANGEBYSCORE', KEYS[2], int(warned), int(warned), 'LIMIT', int(alike), '-1')) do
+    warn(member)
+  end
+end
 
 local function head(key, from, shift)
   local first = redis.call('ZRANGEBYSCORE', key, from, '+inf', 'WITHSCORES', 'LIMIT', '0', '1')

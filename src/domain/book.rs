@@ -521,11 +521,10 @@ impl Book {
     #[must_use]
     pub fn find(&self, now: Now, id: LockId) -> Option<Lock> {
         let record = self.locks.get(&id)?;
-        let mut lock = Self::view(id, record);
+        let mut lock = Lock { version: Some(record.version), pinned: false, ..Self::view(id, record) };
         if lock.status == LockStatus::Active && lock.deadline <= now.instant() {
             lock.status = LockStatus::Expired;
         }
-        lock.version = Some(record.version);
         Some(lock)
     }
 
@@ -555,13 +554,12 @@ impl Book {
             .filter(|id| matches!(self.settlement(*id), Some(Settlement::Waiting(until)) if until <= now.instant()))
             .collect();
         for id in overdue {
-            self.mark(id);
+            self.mark(now, id);
         }
         if self.stock_is_known(now, age_min) && !age_min.is_zero() && !self.has_marks() {
             return AskOutcome::Fresh;
         }
-        self.counter = now.0.max(self.counter + 1);
-        AskOutcome::Ask(SnapshotNumber(self.counter))
+        AskOutcome::Ask(SnapshotNumber(self.draw(now)))
     }
 
     /// Stores a snapshot unless a later one is stored, and in the same step takes out of `settling` what it shows.
@@ -621,7 +619,7 @@ impl Book {
             (Some(known), _) if (known.category, known.user) != (category, user) => OrderOutcome::Repeated,
             (Some(known), OrderResult::Completed) => {
                 if known.result == OrderResult::Cancelled {
-                    self.mark_candidates(report, false);
+                    self.mark_candidates(now, report, false);
                     return OrderOutcome::AfterCancel;
                 }
                 self.match_order(now, &report.order, report.user, report.category, report.lock, known, out);
@@ -631,22 +629,21 @@ impl Book {
                 OrderOutcome::Repeated
             }
             (None, OrderResult::Completed) => {
-                let matched = self.mark_candidates(report, true);
+                let matched = self.mark_candidates(now, report, true);
                 let unmatched = report.quantity.wide().saturating_sub(matched);
                 let forget_at = now.after(CONFIRMED_TOMBSTONE);
                 let record =
                     OrderRecord { result: OrderResult::Completed, category, user, matched, unmatched, forget_at };
                 self.orders.insert(report.order.clone(), record);
                 if unmatched > 0 && self.rows.contains_key(&report.category) {
-                    let mark = self.counter;
-                    let loose = Loose { category: report.category, quantity: unmatched, mark };
+                    let loose = Loose { category: report.category, quantity: unmatched, mark: self.draw(now) };
                     self.loose.insert(report.order.clone(), loose);
                     self.change(now, report.category, out, &[], |row| row.settling += unmatched);
                 }
                 OrderOutcome::Noted
             }
             (known, OrderResult::Cancelled) => {
-                let matched = if known.is_some() { 0 } else { self.mark_candidates(report, true) };
+                let matched = if known.is_some() { 0 } else { self.mark_candidates(now, report, true) };
                 let undone = matched + known.map_or(0, |known| known.matched);
                 let sold = known.is_some();
                 self.unhold(report.user, undone);
@@ -712,9 +709,8 @@ impl Book {
     }
 
     /// Marks what the report is about as sold; how many tickets that were.
-    fn mark_candidates(&mut self, report: &OrderReport, first: bool) -> u64 {
-        let ids = self.candidates(report, first);
-        ids.iter().map(|id| self.mark(*id)).sum()
+    fn mark_candidates(&mut self, now: Now, report: &OrderReport, first: bool) -> u64 {
+        self.candidates(report, first).into_iter().map(|id| self.mark(now, id)).sum()
     }
 
     /// A repeated report, or a confirm that came after it: moves tickets from the order's own entry to the lock.
@@ -738,7 +734,7 @@ impl Book {
             lock,
             result: record.result,
         };
-        let matched = self.mark_candidates(&report, false);
+        let matched = self.mark_candidates(now, &report, false);
         // A cancelled order's tickets are in no count under its own name.
         if matched == 0 || record.result == OrderResult::Cancelled {
             return;
@@ -947,14 +943,17 @@ impl Book {
         }
     }
 
+    /// Draws a number for a question or a sale: higher than every one before, also than those of before a loss of all data.
+    fn draw(&mut self, now: Now) -> u64 {
+        self.counter = now.0.max(self.counter + 1);
+        self.counter
+    }
+
     /// Marks a waiting lock as sold now; how many tickets it holds.
-    fn mark(&mut self, id: LockId) -> u64 {
-        // That of the last question: a later one shows what is sold now.
-        let number = self.counter;
+    fn mark(&mut self, now: Now, id: LockId) -> u64 {
+        let number = self.draw(now);
         self.waiting.retain(|waiting| *waiting != id);
-        let Some(record) = self.locks.get_mut(&id) else {
-            return 0;
-        };
+        let Some(record) = self.locks.get_mut(&id) else { return 0 };
         if let State::Confirmed(settlement) = &mut record.state {
             *settlement = Settlement::Marked(number);
         }
@@ -993,6 +992,7 @@ impl Book {
             version: None,
             session: record.session,
             order: record.order.clone(),
+            pinned: record.state == State::Active(Hold::Pinned),
         }
     }
 }

@@ -137,6 +137,8 @@ pub struct Lock {
     pub session: Option<SessionId>,
     /// The order that confirmed it, where the orders-service said so.
     pub order: Option<OrderId>,
+    /// An order of it is in progress: no disconnect ends it. Read in listings only.
+    pub pinned: bool,
 }
 
 impl Lock {

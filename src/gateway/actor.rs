@@ -16,9 +16,10 @@ use super::auth::{Claims, Scope};
 use super::queue;
 use super::session::{Answer, Ending, Incoming, Sent, Session};
 use super::wire::{self, About, Code, Json, Name, Refusal};
-use super::{Doubts, Shared, now};
+use super::{Doubts, Shared};
 use crate::domain::{
-    Availability, EventId, Kept, LockStatus, Personal, ReleaseReason, Releaser, RestoreOutcome, RestoreRequest, UserId,
+    Availability, EventId, Kept, LockStatus, Personal, ReleaseReason, Releaser, RestoreOutcome, RestoreRequest,
+    SessionId, UserId,
 };
 use crate::fanout::Fanout;
 use crate::inventory::StockError;
@@ -32,8 +33,10 @@ const SEND_RETRY: Duration = Duration::from_millis(50);
 const ENTER_RETRY: Duration = Duration::from_millis(250);
 const ENTER_RETRY_MAX: Duration = Duration::from_secs(4);
 
-/// How long a leaving session tries to tell the ledger. Without it the locks live until their deadline.
-const LEAVE_FOR: Duration = Duration::from_mins(1);
+/// How long a leaving session tries to tell the ledger before that is left to a small task.
+const LEAVE_FOR: Duration = Duration::from_secs(15);
+/// How often that tries again.
+const OWED_RETRY: Duration = Duration::from_secs(5);
 
 /// Timers are set at most this far ahead; a token that lives longer is looked at again then.
 const TIMER_MAX: Duration = Duration::from_hours(24);
@@ -366,7 +369,7 @@ impl Actor {
         if std::mem::replace(&mut self.greeted, true) {
             return;
         }
-        let data = wire::connected(self.session.id, self.session.user, now(), &presence.locks);
+        let data = wire::connected(self.session.id, self.session.user, presence.now, &presence.locks);
         self.patiently(|session| session.emit("connected", &data)).await;
     }
 
@@ -429,14 +432,16 @@ impl Actor {
         }
     }
 
-    /// Ends what the session began. The ledger is told last and as long as it takes, within [`LEAVE_FOR`].
+    /// Ends what the session began. The ledger is told last and as long as it takes.
     async fn finish(mut self) {
         self.shared.forget(&self.session);
         self.watched.clear();
         match std::mem::replace(&mut self.standing, Standing::Out { at: Instant::now(), pause: ENTER_RETRY }) {
             // An entry that the ledger sees after the leaving would stand for ever.
-            Standing::Entering(task, _) => {
-                timeout(LEAVE_FOR, task).await.ok();
+            Standing::Entering(mut task, _) => {
+                if timeout(LEAVE_FOR, &mut task).await.is_err() {
+                    task.abort();
+                }
             }
             Standing::Out { .. } | Standing::In { .. } => {}
         }
@@ -455,9 +460,8 @@ impl Actor {
                 return;
             };
             if Instant::now() + pause >= give_up {
-                metrics::GATEWAY_LEAVES.count(&["given_up"]);
-                tracing::warn!(%error, "the ledger was not told that a session ended; its locks live to their deadline");
-                return;
+                tracing::debug!(%error, "the ledger could not be told yet that a session ended");
+                return self.shared.owe(self.session.user, self.session.id, grace);
             }
             metrics::GATEWAY_LEAVES.count(&["retried"]);
             sleep(pause).await;
@@ -467,6 +471,33 @@ impl Actor {
 }
 
 impl Shared {
+    /// Goes on telling the ledger that a session ended for as long as it takes: one that stood there for ever would keep
+    /// the user's later locks from being abandoned.
+    fn owe(self: &Arc<Self>, user: UserId, session: SessionId, grace: Duration) {
+        let Ok(place) = Arc::clone(&self.owed).try_acquire_owned() else {
+            metrics::GATEWAY_LEAVES.count(&["given_up"]);
+            tracing::warn!(%user, "the ledger cannot be told that a session ended; the user's locks live to their deadlines");
+            return;
+        };
+        let shared = Arc::clone(self);
+        self.tasks.spawn(async move {
+            let _place = place;
+            loop {
+                tokio::select! {
+                    () = sleep(OWED_RETRY) => {}
+                    // Who finds this replica's lease run out ends its sessions.
+                    () = shared.impatient.cancelled() => return,
+                }
+                let Ok(_permit) = shared.leaving.acquire().await else { return };
+                let left = shared.ledger.leave(user, session, grace).await;
+                metrics::GATEWAY_LEAVES.count(&[if left.is_ok() { "left" } else { "retried" }]);
+                if left.is_ok() {
+                    return;
+                }
+            }
+        });
+    }
+
     /// Hands what is remembered of a user's locks back to a ledger that may have lost them. The owner is told of what
     /// cannot be had back.
     async fn hand_back(&self, user: UserId, presence: &Presence) -> Result<(), StockError> {

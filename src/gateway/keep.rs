@@ -72,12 +72,14 @@ impl Keep {
         }
     }
 
-    /// Remembers a lock just granted, or knows more of it now.
+    /// Remembers a lock just granted. Of one that was known before it learns what a listing does not say.
     pub fn granted(&self, user: UserId, memento: Memento) {
         let mut users = lock(&self.users);
         let Some(remembered) = users.get_mut(&user) else { return };
         match remembered.find(memento.lock) {
-            Some(known) => *known = memento,
+            Some(known) => {
+                (known.deadline, known.request, known.session) = (memento.deadline, memento.request, memento.session);
+            }
             None => remembered.add(memento),
         }
     }
@@ -87,15 +89,21 @@ impl Keep {
         let mut users = lock(&self.users);
         let Some(remembered) = users.get_mut(&user) else { return };
         for active in listed.iter().filter(|active| active.status == LockStatus::Active) {
+            let kept = if active.pinned { Kept::Pinned } else { Kept::Attended };
             match remembered.find(active.id) {
-                Some(known) => known.deadline = active.deadline,
+                Some(known) => {
+                    known.deadline = active.deadline;
+                    if known.kept == Kept::Attended {
+                        known.kept = kept;
+                    }
+                }
                 None => remembered.add(Memento {
                     lock: active.id,
                     category: active.category,
                     quantity: active.quantity,
                     created_at: active.created_at,
                     deadline: active.deadline,
-                    kept: Kept::Attended,
+                    kept,
                     request: None,
                     session: active.session,
                 }),
@@ -189,8 +197,8 @@ mod tests {
     fn active(id: LockId) -> Lock {
         let Memento { category, quantity, created_at, deadline, session, .. } = memento(id);
         let (user, status) = (user(), LockStatus::Active);
-        let (version, order) = (None, None);
-        Lock { id, user, category, quantity, created_at, deadline, status, version, session, order }
+        let (version, order, pinned) = (None, None, false);
+        Lock { id, user, category, quantity, created_at, deadline, status, version, session, order, pinned }
     }
 
     #[test]

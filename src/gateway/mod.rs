@@ -70,6 +70,9 @@ const NAMESPACE: &str = "/realtime";
 /// Sessions that tell the ledger at the same time that they end; a replica's sockets may all end at once.
 const LEAVING_MAX: usize = 64;
 
+/// Sessions that ended while the ledger could not be told for long: some 400 bytes each.
+const OWED_MAX: usize = 65_536;
+
 /// Sessions that tell the ledger at the same time that they are here: after an outage all of them do.
 const ENTERING_MAX: usize = 64;
 
@@ -180,6 +183,8 @@ struct Shared {
     /// The actors and what they leave to be done.
     tasks: TaskTracker,
     leaving: Semaphore,
+    /// Places for sessions that ended long ago without the ledger's knowledge.
+    owed: Arc<Semaphore>,
     /// Sessions that may tell the ledger at the same time that they are here.
     entering: Arc<Semaphore>,
     doubts: watch::Sender<Doubts>,
@@ -254,7 +259,7 @@ impl Shared {
         let parts = socket.req_parts();
         if self.draining.is_cancelled() {
             // The client would not come back after a refusal; after a lost connection it does.
-            let line = self.lines.find(&socket.id.to_string()).or_else(|| parts.extensions.get::<Line>().cloned());
+            let line = handshake::line(parts).or_else(|| self.lines.find(&socket.id.to_string()));
             if let Some(line) = line {
                 line.close();
                 tokio::time::sleep(Duration::from_secs(1)).await;
@@ -341,6 +346,7 @@ impl Gateway {
                 lines: Lines::default(),
                 tasks: TaskTracker::new(),
                 leaving: Semaphore::new(LEAVING_MAX),
+                owed: Arc::new(Semaphore::new(OWED_MAX)),
                 entering: Arc::new(Semaphore::new(ENTERING_MAX)),
                 doubts: watch::Sender::default(),
                 draining: CancellationToken::new(),

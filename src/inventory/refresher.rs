@@ -27,6 +27,8 @@ use crate::metrics;
 /// After a question its answer also answers everybody who comes within this time, and a refresh waits as long: it
 /// bounds the questions about one event to ten per second and replica, however many orders are completed.
 const LINGER: Duration = Duration::from_millis(100);
+/// How long it is remembered that an event is one.
+const KNOWN_TTL: Duration = Duration::from_mins(1);
 /// How long an event that the source does not know is remembered.
 const UNKNOWN_TTL: Duration = Duration::from_secs(5);
 /// How long a failed question answers for the next one of the same event, so that nobody queues behind a dead source.
@@ -173,6 +175,8 @@ enum Fetched {
 /// Answers that are not in the ledger, for a short while.
 #[derive(Default)]
 struct Memory {
+    /// Events that had stock lately.
+    known: Recent<()>,
     unknown: Recent<()>,
     failed: Recent<SourceError>,
 }
@@ -277,16 +281,18 @@ impl Stock {
     pub async fn lock(&self, request: LockRequest) -> Result<LockOutcome, StockError> {
         let (event, age) = (request.event(), request.stock_age_max);
         let ledger = &self.shared.ledger;
-        let answer = self
-            .shared
-            .with_stock(event, age, |age| {
+        let answer = async {
+            self.shared.ensure_known(event, age).await?;
+            let lock = |age| {
                 let request = LockRequest { stock_age_max: age, ..request.clone() };
                 async move {
                     let outcome = ledger.lock(&request).await?;
                     Ok(if outcome == LockOutcome::StockUnknown { None } else { Some(outcome) })
                 }
-            })
-            .await;
+            };
+            self.shared.with_stock(event, age, lock).await
+        }
+        .await;
         metrics::LEDGER_LOCKS.count(&[answer.as_ref().map_or_else(StockError::kind, LockOutcome::as_str)]);
         answer
     }
@@ -316,8 +322,7 @@ impl Stock {
     /// # Errors
     /// [`StockError`], when there are none to show.
     pub async fn availability(&self, event: EventId) -> Result<Vec<Availability>, StockError> {
-        let ledger = &self.shared.ledger;
-        self.shared.with_stock(event, self.shared.options.age_wanted, |age| ledger.availability(event, age)).await
+        self.shared.availability(event, self.shared.options.age_wanted).await
     }
 
     /// Asks for an event's stock soon, because it changed. Never blocks; calls close together become one question, and
@@ -385,6 +390,22 @@ fn gauge(events: usize) {
 }
 
 impl Shared {
+    async fn availability(self: &Arc<Self>, event: EventId, age: Duration) -> Result<Vec<Availability>, StockError> {
+        let counts = self.with_stock(event, age, |age| self.ledger.availability(event, age)).await?;
+        let (mut memory, now) = (lock(&self.memory), Instant::now());
+        if memory.known.find(event, now).is_none() {
+            memory.known.put(event, now + KNOWN_TTL, (), now);
+        }
+        Ok(counts)
+    }
+
+    /// Returns when the event has had stock lately: for one that somebody invented, the ledger would write down when to look
+    /// at it and for whom.
+    async fn ensure_known(self: &Arc<Self>, event: EventId, age: Duration) -> Result<(), StockError> {
+        let known = lock(&self.memory).known.find(event, Instant::now()).is_some();
+        if known { Ok(()) } else { self.availability(event, age).await.map(drop) }
+    }
+
     /// Asks the ledger; if it has no stock young enough, the source and then the ledger again. A ledger that answers
     /// `None` wants stock.
     async fn with_stock<T, F>(

@@ -191,10 +191,19 @@ impl Driver {
         answer
     }
 
-    /// All members of a sorted set, lowest score first, at most `limit`.
-    pub(super) async fn members(&self, key: &str, limit: usize) -> Result<Vec<String>, LedgerError> {
+    /// The members of a sorted set with the lowest scores, at most `limit`.
+    pub(super) async fn oldest(&self, key: &str, limit: usize) -> Result<Vec<String>, LedgerError> {
+        self.members(key, limit, None).await
+    }
+
+    /// The members of a sorted set with the highest scores, at most `limit`.
+    pub(super) async fn newest(&self, key: &str, limit: usize) -> Result<Vec<String>, LedgerError> {
+        self.members(key, limit, Some("REV")).await
+    }
+
+    async fn members(&self, key: &str, limit: usize, order: Option<&str>) -> Result<Vec<String>, LedgerError> {
         let last = limit.saturating_sub(1).to_string();
-        let args = vec![key.to_owned(), "0".to_owned(), last];
+        let args: Vec<_> = [key, "0", &last].into_iter().chain(order).map(str::to_owned).collect();
         let reply = self.call("members", key, |client| custom(client, "ZRANGE", args.clone())).await?;
         reply.convert().map_err(|error| LedgerError::Protocol { script: "members", reply: error.details().to_owned() })
     }

@@ -227,7 +227,7 @@ impl Ledger for MemoryLedger {
                 locks.append(&mut book.adopt(now, user, generation));
             }
         }
-        Ok(Presence { generation, locks })
+        Ok(Presence { generation, now: now.instant(), locks })
     }
 
     async fn leave(&self, user: UserId, session: SessionId, grace: Duration) -> Result<(), LedgerError> {

@@ -25,7 +25,7 @@ use async_trait::async_trait;
 use tokio::sync::mpsc;
 
 use crate::domain::{
-    AcceptOutcome, AskOutcome, Availability, ConfirmOutcome, EventId, FleetStats, Lock, LockId, LockOutcome,
+    AcceptOutcome, AskOutcome, Availability, ConfirmOutcome, EventId, FleetStats, Instant, Lock, LockId, LockOutcome,
     LockRequest, OrderId, OrderOutcome, OrderReport, Personal, ReleaseOutcome, Releaser, ReplicaId, ReplicaReport,
     RestoreOutcome, RestoreRequest, SessionId, Snapshot, SnapshotNumber, UserId, ValidateOutcome, ValidateRequest,
 };
@@ -70,6 +70,8 @@ pub struct Swept {
 pub struct Presence {
     /// Rises with every coming and going of the user's sessions.
     pub generation: u64,
+    /// When, by the ledger's clock.
+    pub now: Instant,
     /// The user's active locks, over all events.
     pub locks: Vec<Lock>,
 }

@@ -219,6 +219,10 @@ impl RedisLedger {
         reply::said(&self.run(&script::VISIT, Call::new().key(key::user(user)).arg(event)).await?, "visited")
     }
 
+    async fn host(&self, user: UserId) -> Result<(), LedgerError> {
+        reply::said(&self.run(&script::HOST, Call::new().key(key::hosted(self.replica)).arg(user)).await?, "hosted")
+    }
+
     async fn events_of(&self, user: UserId) -> Result<Vec<EventId>, LedgerError> {
         let fields = self.driver.fields(&key::user(user)).await?;
         Ok(fields.iter().filter_map(|field| key::event_of_field(field)).collect())
@@ -281,13 +285,16 @@ impl RedisLedger {
         self.count_order(&report, false).await.map(drop)
     }
 
-    /// Returns when enough Redis replicas have the grant; undoes it when they have not in time.
-    async fn make_durable(&self, lock: LockId, user: UserId, witness: Witness) -> Result<(), LedgerError> {
+    /// Returns when enough Redis replicas have the grant. When they have not in time, a new one is undone, unless it was
+    /// confirmed meanwhile; of an earlier one its user has had the answer.
+    async fn make_durable(&self, lock: LockId, new_of: Option<UserId>, witness: Witness) -> Result<(), LedgerError> {
         let got = self.driver.replicated(witness, self.wait, self.wait_within).await?;
         if got >= self.wait {
             return Ok(());
         }
-        self.release(lock, Releaser::Orders { user: Some(user) }).await?;
+        if let Some(user) = new_of {
+            self.release(lock, Releaser::Owner { user, session: None }).await?;
+        }
         Err(LedgerError::NotReplicated { wanted: self.wait, got, within: self.wait_within })
     }
 
@@ -390,7 +397,7 @@ impl RedisLedger {
         let before_us = claimed_ms.saturating_sub(whole_ms(REAP_CLAIM)) * 1000;
         let (mut ended, mut left_before) = (0, u64::MAX);
         while ended < REAP_USERS_MAX {
-            let members = self.driver.members(&key::hosted(replica), PARALLEL).await?;
+            let members = self.driver.oldest(&key::hosted(replica), PARALLEL).await?;
             let users: Vec<UserId> = members.iter().filter_map(|text| text.parse().ok()).collect();
             if users.is_empty() {
                 let call = Call::new().key(key::DEAD).arg(replica).arg(claimed_ms);
@@ -480,14 +487,12 @@ impl Ledger for RedisLedger {
             }
         };
         let outcome = reply::lock(answer?)?;
-        if matches!(outcome, LockOutcome::Granted(_)) {
-            // A lock that no index knows expires unannounced and is not found after a reconnect. The client repeats.
-            indexed?;
-        }
-        if let Some(witness) = witness
-            && let LockOutcome::Granted(grant) | LockOutcome::GrantedBefore(grant) = &outcome
-        {
-            Box::pin(self.make_durable(grant.lock, request.user, witness)).await?;
+        let (LockOutcome::Granted(grant) | LockOutcome::GrantedBefore(grant)) = &outcome else { return Ok(outcome) };
+        // A lock that no index knows expires unannounced and is not found after a reconnect. The client repeats.
+        indexed?;
+        if let Some(witness) = witness {
+            let new_of = matches!(outcome, LockOutcome::Granted(_)).then_some(request.user);
+            Box::pin(self.make_durable(grant.lock, new_of, witness)).await?;
         }
         Ok(outcome)
     }
@@ -631,17 +636,18 @@ impl Ledger for RedisLedger {
     }
 
     async fn enter(&self, user: UserId, session: SessionId) -> Result<Presence, LedgerError> {
-        // The index first, so that it is never too small.
-        let call = Call::new().key(key::hosted(self.replica)).arg(user);
-        reply::said(&self.run(&script::HOST, call).await?, "hosted")?;
+        // The index first, so that it is never too small; and once more, because the leaving of another session here may
+        // have taken the user out of it before this one could be seen.
+        self.host(user).await?;
         let call = Call::new().key(key::user(user)).arg(session).arg(self.replica);
-        let generation = reply::entered(self.run(&script::ENTER, call).await?)?;
+        let (generation, now) = reply::entered(self.run(&script::ENTER, call).await?)?;
         let adopt = |event| async move {
             let call = Call::about(event).arg(user).arg(generation);
             reply::locks(self.run(&script::ADOPT, call).await?, user)
         };
-        let locks = self.in_events_of(user, adopt).await?;
-        Ok(Presence { generation, locks })
+        let (hosted, locks) = tokio::join!(self.host(user), self.in_events_of(user, adopt));
+        hosted?;
+        Ok(Presence { generation, now, locks: locks? })
     }
 
     async fn leave(&self, user: UserId, session: SessionId, grace: Duration) -> Result<(), LedgerError> {
@@ -699,7 +705,7 @@ impl Ledger for RedisLedger {
             fleet.users += users;
             fleet.sockets += sockets;
         }
-        let members = self.driver.members(key::EVENTS, STATS_EVENTS_MAX).await?;
+        let members = self.driver.newest(key::EVENTS, STATS_EVENTS_MAX).await?;
         let events: Vec<EventId> = members.iter().filter_map(|text| text.parse().ok()).collect();
         for portion in events.chunks(PARALLEL) {
             let tally = |event: &EventId| {

@@ -218,6 +218,7 @@ fn released_lock(parts: &mut Parts, id: LockId) -> Result<Lock, LedgerError> {
         version: None,
         session: parts.text()?.parse().ok(),
         order: parts.text()?.parse().ok(),
+        pinned: false,
     })
 }
 
@@ -242,6 +243,7 @@ pub(super) fn find(mut parts: Parts, id: LockId) -> Result<Option<Lock>, LedgerE
                 version: Some(parts.read()?),
                 session: parts.text()?.parse().ok(),
                 order: parts.text()?.parse().ok(),
+                pinned: false,
             }))
         }
         "not_found" => Ok(None),
@@ -267,6 +269,11 @@ pub(super) fn locks(mut parts: Parts, user: UserId) -> Result<Vec<Lock>, LedgerE
             version: None,
             session: None,
             order: None,
+            pinned: match lock.text()?.as_str() {
+                "pinned" => true,
+                "attended" | "abandoned" => false,
+                _ => return Err(lock.unexpected()),
+            },
         });
     }
     locks.sort_unstable_by_key(|lock| lock.category);
@@ -447,9 +454,10 @@ pub(super) fn restore(parts: &Parts) -> Result<(RestoreOutcome, bool), LedgerErr
     })
 }
 
-pub(super) fn entered(mut parts: Parts) -> Result<u64, LedgerError> {
+/// The user's generation, and Redis's time.
+pub(super) fn entered(mut parts: Parts) -> Result<(u64, Instant), LedgerError> {
     match parts.word() {
-        "entered" => parts.read(),
+        "entered" => Ok((parts.read()?, parts.instant()?)),
         _ => Err(parts.unexpected()),
     }
 }

@@ -316,7 +316,7 @@ async fn microseconds_are_kept_whole() {
     on.alone("host", &["hosted"], &["7"]).await;
     let began: Option<f64> = on.client.zscore("hosted", "7").await.expect("ZSCORE answers");
     assert_eq!(began, Some(1_800_000_000_123_457.0));
-    assert_eq!(on.alone("enter", &["sessions"], &["s", "r"]).await, ["entered", "1800000000123457"]);
+    assert_eq!(on.alone("enter", &["sessions"], &["s", "r"]).await, ["entered", "1800000000123457", "1800000000123"]);
     let began: String = on.client.hget("sessions", "s").await.expect("HGET answers");
     assert_eq!(began, "r 1800000000123457");
     let left = on.alone("leave", &["sessions"], &["s", "r", ""]).await;
@@ -672,7 +672,7 @@ async fn a_settled_lock_waits_no_more() {
     let waiting: Option<String> = on.client.hget("holders", "7~1").await.expect("HGET answers");
     assert_eq!(waiting.as_deref(), Some("lock-2:1:"));
     let mark: Option<f64> = on.client.zscore("sold", "lock-1|1|1|7").await.expect("ZSCORE answers");
-    assert_eq!(mark, Some(0.0));
+    assert_eq!(mark, Some(1_800_000_000_000_000.0));
     on.order("B", "7", "1", "completed").await;
     let waiting: Option<String> = on.client.hget("holders", "7~1").await.expect("HGET answers");
     assert_eq!(waiting, None);

@@ -40,6 +40,7 @@ fn lock() -> Lock {
         version: None,
         session: Some(SessionId::from_u128(0xab)),
         order: None,
+        pinned: false,
     }
 }
 

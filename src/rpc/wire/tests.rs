@@ -334,6 +334,7 @@ fn answers_have_the_contracts_shape_in_the_contracts_order() {
         version: None,
         session: Some(SessionId::from_u128(1)),
         order: None,
+        pinned: false,
     };
     let id = lock_id();
     let body = format!(

@@ -104,6 +104,7 @@ impl Forge {
             version: None,
             session: None,
             order: None,
+            pinned: false,
         }
     }
 

@@ -277,6 +277,8 @@ async fn what_did_not_work_is_an_error() {
     let replica = replica(&endpoint, &more);
     until_ready(&replica).await;
     let mut buyer = socket(&replica, 7, Some(traceparent(OF_SOCKET, "01"))).await;
+    // From now on the replica knows that there is such an event, and need not look.
+    assert_eq!(buyer.ask("join-event-room", &json!({ "eventId": 2 })).await["success"], true);
     redis.kill();
     assert_eq!(buyer.ask("lock-tickets", &wanted()).await["code"], "unavailable");
     let lock = collector.one(OF_SOCKET, "lock-tickets").await;
