@@ -295,11 +295,13 @@ impl Addresses {
     /// Whom a request counts for that `peer` sent with these values of `X-Forwarded-For`, in the order of their lines:
     /// the rightmost address that is no trusted proxy's. Each proxy appends whom it heard from, so what stands left of
     /// that was written by strangers. An entry that is no address counts for the proxy that wrote it.
-    pub fn of<'a>(&self, peer: IpAddr, forwarded: impl DoubleEndedIterator<Item = &'a str>) -> Address {
+    pub fn of<'a>(&self, peer: IpAddr, forwarded: impl DoubleEndedIterator<Item = &'a [u8]>) -> Address {
         let mut nearest = peer;
-        let mut entries = forwarded.rev().flat_map(|line| line.rsplit(','));
+        let mut entries = forwarded.rev().flat_map(|line| line.rsplit(|byte| *byte == b','));
         while self.is_proxy(nearest) {
-            let Some(next) = entries.next().and_then(forwarded_address) else { break };
+            let Some(next) = entries.next().and_then(|entry| forwarded_address(str::from_utf8(entry).ok()?)) else {
+                break;
+            };
             nearest = next;
         }
         nearest.into()
@@ -359,11 +361,21 @@ mod tests {
             ("10.1.2.3", &["10.0.0.2"], "10.0.0.2"),
             ("192.0.2.8", &["198.51.100.1"], "192.0.2.8"),
         ] {
-            assert_eq!(addresses.of(ip(peer), lines.iter().copied()), Address(ip(expected)), "{peer} {lines:?}");
+            assert_eq!(
+                addresses.of(ip(peer), lines.iter().map(|line| line.as_bytes())),
+                Address(ip(expected)),
+                "{peer} {lines:?}"
+            );
         }
-        assert_eq!(behind(&[]).of(ip("10.1.2.3"), ["1.1.1.1"].into_iter()), Address(ip("10.1.2.3")));
-        assert_eq!(behind(&[("0.0.0.0", 0)]).of(ip("9.9.9.9"), ["1.1.1.1"].into_iter()), Address(ip("1.1.1.1")));
-        assert_eq!(behind(&[("::", 0)]).of(ip("9.9.9.9"), ["1.1.1.1"].into_iter()), Address(ip("9.9.9.9")));
+        // A stranger wrote the first entry; the proxy's own is readable all the same.
+        let garbage = [b"\xff\xfe, 198.51.100.1".as_slice()];
+        assert_eq!(addresses.of(ip("10.1.2.3"), garbage.into_iter()), Address(ip("198.51.100.1")));
+        assert_eq!(behind(&[]).of(ip("10.1.2.3"), [b"1.1.1.1".as_slice()].into_iter()), Address(ip("10.1.2.3")));
+        assert_eq!(
+            behind(&[("0.0.0.0", 0)]).of(ip("9.9.9.9"), [b"1.1.1.1".as_slice()].into_iter()),
+            Address(ip("1.1.1.1"))
+        );
+        assert_eq!(behind(&[("::", 0)]).of(ip("9.9.9.9"), [b"1.1.1.1".as_slice()].into_iter()), Address(ip("9.9.9.9")));
     }
 
     #[test]

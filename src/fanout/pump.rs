@@ -181,7 +181,7 @@ impl Pump {
         let slot = self.shared.events.find(event)?;
         // Held until it is known who is told: see `Room::board`.
         let mut board = lock(&slot.value.board);
-        let emission = board.emit(now, self.pulse.strained());
+        let emission = board.emit(now, self.pulse.strained(now));
         if emission.shed > 0 {
             metrics::FANOUT_SHED.add(&[], emission.shed);
         }

@@ -25,6 +25,8 @@ const PAUSE_MAX: Duration = Duration::from_secs(1);
 const PAUSE_DIVISOR: u32 = 4;
 /// A round as long as this, five ticks by default, is more than the rooms can be told in full.
 const STRAIN: Duration = Duration::from_millis(250);
+/// How long that says something about the next round: the pauses between rounds that follow one another are shorter.
+const STRAIN_TTL: Duration = Duration::from_secs(2);
 
 /// The latest value of every category of an event and what of it the room has not been told.
 #[derive(Debug)]
@@ -210,7 +212,8 @@ pub(super) fn pause_after(took: Duration) -> Duration {
 pub(super) struct Pulse {
     due: Agenda<EventId>,
     pause_until: Option<Instant>,
-    strained: bool,
+    /// When a round was last over that took so long that something has to be left out.
+    strained_at: Option<Instant>,
 }
 
 impl Pulse {
@@ -241,13 +244,13 @@ impl Pulse {
     /// A round is over. `lap`: how long it takes to tell every room once. `took`: for how long they were told since the
     /// last pause.
     pub(super) fn rest(&mut self, now: Instant, lap: Duration, took: Duration) {
-        self.strained = lap >= STRAIN;
+        self.strained_at = (lap >= STRAIN).then_some(now);
         self.pause_until = Some(now + pause_after(took));
     }
 
-    /// Whether rounds take so long that something has to be left out.
-    pub(super) const fn strained(&self) -> bool {
-        self.strained
+    /// Whether rounds take so long that something has to be left out: the last one did, a moment ago.
+    pub(super) fn strained(&self, now: Instant) -> bool {
+        self.strained_at.is_some_and(|at| now.saturating_duration_since(at) < STRAIN_TTL)
     }
 }
 
@@ -462,17 +465,19 @@ mod tests {
         pulse.plan(event(2), start + ms(10));
         assert_eq!((pulse.take(start), pulse.take(start)), (Some(event(1)), None));
         pulse.rest(start + ms(80), ms(80), ms(80));
-        assert!(!pulse.strained());
+        assert!(!pulse.strained(start + ms(80)));
         assert_eq!(pulse.next(), Some(start + ms(100)));
         assert_eq!(pulse.take(start + ms(99)), None);
         assert_eq!(pulse.take(start + ms(100)), Some(event(2)));
         pulse.rest(start + ms(400), ms(280), ms(280));
-        assert!(pulse.strained());
+        assert!(pulse.strained(start + ms(400)));
+        assert!(pulse.strained(start + ms(2399)));
+        assert!(!pulse.strained(start + ms(2400)), "long ago");
         pulse.rest(start + ms(5000), ms(4600), ms(4600));
         pulse.plan(event(1), start);
-        assert!(pulse.strained());
+        assert!(pulse.strained(start + ms(6000)));
         assert_eq!(pulse.next(), Some(start + ms(6000)));
         pulse.rest(start + ms(7000), ms(1), ms(1));
-        assert!(!pulse.strained());
+        assert!(!pulse.strained(start + ms(7000)));
     }
 }

@@ -102,10 +102,19 @@ impl Bypass {
         }
     }
 
+    /// Something is in the queue that later news must not overtake: they take the queue too, until one of them has left.
+    pub fn shut(&self) {
+        if let Some(pipe) = self.pipe.upgrade() {
+            let mut state = lock(&pipe.state);
+            (state.open, state.shut) = (false, true);
+        }
+    }
+
     /// The packet is about to be put into the queue: when it has left, the bypass opens.
     pub fn await_passing(&self, packet: &Packet) {
         if let Some(pipe) = self.pipe.upgrade() {
             let mut state = lock(&pipe.state);
+            state.shut = false;
             if !state.open {
                 // The same may be in the queue already: then the bypass opens behind the last of them.
                 let before = if state.awaited == packet.frame { state.copies } else { 0 };
@@ -148,6 +157,8 @@ struct State {
     dead: bool,
     /// The frame that opens the bypass when it leaves; empty when none is awaited.
     awaited: Bytes,
+    /// What is awaited does not open it.
+    shut: bool,
     /// How many of it are in the queue, and how many are among what the writer is writing.
     copies: usize,
     passing: usize,
@@ -213,7 +224,7 @@ impl Pipe {
         state.unfinished = offered.len() - written;
         if state.unfinished == 0 && state.passing > 0 {
             state.copies = state.copies.saturating_sub(std::mem::take(&mut state.passing));
-            if state.copies == 0 {
+            if state.copies == 0 && !state.shut {
                 (state.open, state.awaited) = (true, Bytes::new());
             }
         }
@@ -338,6 +349,25 @@ mod tests {
         let mut seen = Vec::new();
         timeout(PATIENCE, client.read_to_end(&mut seen)).await.expect("in time").expect("read");
         assert!(seen.ends_with(b"\"direct\"]"), "{}", String::from_utf8_lossy(&seen));
+    }
+
+    #[tokio::test]
+    async fn once_shut_it_opens_behind_what_is_awaited_later() {
+        let (mut tap, bypass, mut client) = pair().await;
+        open(&mut tap, &bypass, &mut client).await;
+        let (old, answer, update) = (packet("old"), packet("answer"), packet("update"));
+        bypass.shut();
+        assert_eq!(bypass.send(&update.frame), Passed::Closed);
+        // The old one was sent before the answer was, and leaves after the bypass was shut again.
+        bypass.await_passing(&old);
+        bypass.shut();
+        tap.write_all(&old.frame).await.expect("written");
+        assert_eq!(bypass.send(&update.frame), Passed::Closed);
+        bypass.await_passing(&update);
+        tap.write_all(&answer.frame).await.expect("written");
+        assert_eq!(bypass.send(&update.frame), Passed::Closed);
+        tap.write_all(&update.frame).await.expect("written");
+        assert_eq!(bypass.send(&update.frame), Passed::Yes);
     }
 
     #[tokio::test]

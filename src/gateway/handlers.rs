@@ -125,6 +125,8 @@ impl Actor {
     /// What follows an answer: a joiner gets the counts one by one and is in the room from then on.
     pub(super) async fn after(&mut self) {
         let Some((event, availability)) = self.joined.take() else { return };
+        // The answer may still be in the queue.
+        self.session.hold_news();
         let lines = &self.shared.lines;
         let packets: Vec<_> = availability.iter().map(update).collect();
         for portion in packets.chunks(UPDATES_AT_ONCE) {

@@ -130,6 +130,21 @@ fn value_of(query: &str, name: &str) -> Option<String> {
     form_urlencoded::parse(query.as_bytes()).find(|(key, _)| key == name).map(|(_, value)| value.into_owned())
 }
 
+/// A parameter of the transport, read as engineioxide reads it: as it is written.
+fn parameter<'a>(query: &'a str, name: &str) -> Option<&'a str> {
+    query.split('&').find_map(|pair| pair.strip_prefix(name)?.strip_prefix('='))
+}
+
+fn is_websocket(query: &str) -> bool {
+    parameter(query, "transport").and_then(|value| value.split('=').next()) == Some("websocket")
+}
+
+/// The line of a session's connection, where it was opened as a WebSocket.
+pub(super) fn line(opened: &Parts) -> Option<Line> {
+    let line = opened.extensions.get::<Line>()?;
+    is_websocket(opened.uri.query().unwrap_or_default()).then(|| line.clone())
+}
+
 /// Every `userId` of the query must be the token's.
 fn same_user(query: &str, user: UserId) -> bool {
     form_urlencoded::parse(query.as_bytes())
@@ -166,14 +181,12 @@ pub(super) struct Guest {
 fn guest(shared: &Shared, request: &Request) -> Result<Option<Guest>, Duration> {
     let Some(ConnectInfo(peer)) = request.extensions().get::<ConnectInfo<SocketAddr>>() else { return Ok(None) };
     let addresses = &shared.options.addresses;
-    let lines = request.headers().get_all("x-forwarded-for").into_iter().filter_map(|line| line.to_str().ok());
-    // Collected, because headers are read from the left and the address from the right.
-    let lines: Vec<_> = lines.collect();
+    let forwarded = request.headers().get_all("x-forwarded-for").iter().map(HeaderValue::as_bytes);
     let refused = |limit: &'static str, wait: Duration| {
         metrics::GATEWAY_LIMITED.count(&[limit]);
         wait
     };
-    let counted = addresses.quotas.caller(addresses.of(peer.ip(), lines.into_iter()));
+    let counted = addresses.quotas.caller(addresses.of(peer.ip(), forwarded));
     let Some(address) = counted.map_err(|_| refused("addresses", Duration::from_secs(1)))? else { return Ok(None) };
     address.transport().map_err(|wait| refused("address_handshakes", wait))?;
     let connection = address.connection().ok_or_else(|| refused("address_connections", Duration::from_secs(5)))?;
@@ -196,11 +209,11 @@ pub(super) async fn gate(State(shared): State<Arc<Shared>>, mut request: Request
         return json(StatusCode::FORBIDDEN, r#"{"code":4,"message":"Forbidden"}"#);
     }
     let query = request.uri().query().unwrap_or_default();
-    let sid = value_of(query, "sid");
+    let sid = parameter(query, "sid").map(str::to_owned);
     if sid.as_ref().is_some_and(|sid| sid.len() > SID_BYTES_MAX) {
         return json(StatusCode::BAD_REQUEST, r#"{"code":1,"message":"Session ID unknown"}"#);
     }
-    let websocket = value_of(query, "transport").as_deref() == Some("websocket");
+    let websocket = is_websocket(query);
     let session = sid.as_deref().and_then(|sid| shared.rooms.by_sid(sid));
     if shared.draining.is_cancelled() && session.is_none() {
         metrics::GATEWAY_REFUSED.count(&[Refused::Unavailable.as_str()]);
@@ -218,8 +231,18 @@ pub(super) async fn gate(State(shared): State<Arc<Shared>>, mut request: Request
             Err(wait) => return busy(wait),
         }
     }
-    if websocket && let Some(line) = request.extensions_mut().get::<Line>().cloned() {
-        shared.lines.add(sid.as_deref(), line);
+    if websocket
+        && request.method() == Method::GET
+        && let Some(line) = request.extensions().get::<Line>().cloned()
+    {
+        let Some(noted) = shared.lines.add(sid.as_deref(), line) else {
+            return json(StatusCode::BAD_REQUEST, r#"{"code":3,"message":"Bad request"}"#);
+        };
+        let response = next.run(request).await;
+        if response.status() != StatusCode::SWITCHING_PROTOCOLS {
+            shared.lines.remove(&noted);
+        }
+        return response;
     }
     match session {
         Some(session) if !websocket && request.method() == Method::GET => {

@@ -151,24 +151,34 @@ struct Known {
 const SWEEP_MIN: usize = 64;
 
 impl Lines {
-    /// Notes a WebSocket's line.
-    pub fn add(&self, sid: Option<&str>, line: Line) {
-        let name = match sid {
+    /// Notes the line that is to become a WebSocket, and answers under which name. `None` when the session has one
+    /// already: no second one is to be taken for it.
+    pub fn add(&self, sid: Option<&str>, line: Line) -> Option<Box<str>> {
+        let name: Box<str> = match sid {
             Some(sid) => sid.into(),
             // No session id has a space in it.
             None => format!("- {}", self.unnamed.fetch_add(1, Ordering::Relaxed)).into_boxed_str(),
         };
         let mut known = lock(&self.state);
+        if known.lines.get(&name).is_some_and(Line::is_open) {
+            return None;
+        }
         if known.lines.len() >= known.sweep_at.max(SWEEP_MIN) {
             known.lines.retain(|_, line| line.is_open());
             known.sweep_at = known.lines.len() * 2;
         }
-        known.lines.insert(name, line);
+        known.lines.insert(name.clone(), line);
+        Some(name)
+    }
+
+    /// Forgets a line that became no WebSocket.
+    pub fn remove(&self, name: &str) {
+        lock(&self.state).lines.remove(name);
     }
 
     /// The line of an upgraded session.
     pub fn find(&self, sid: &str) -> Option<Line> {
-        lock(&self.state).lines.get(sid).cloned()
+        lock(&self.state).lines.get(sid).filter(|line| line.is_open()).cloned()
     }
 
     /// Ends every line at once and says how many there were.
@@ -210,6 +220,24 @@ mod tests {
         assert_eq!(error.kind(), io::ErrorKind::ConnectionAborted);
         assert!(!line.is_open());
         drop(client);
+    }
+
+    #[tokio::test]
+    async fn a_session_has_one_line_as_long_as_it_is_open() {
+        let lines = Lines::default();
+        let (stream, first) = Line::wrap(tokio::io::empty());
+        let (_second_stream, second) = Line::wrap(tokio::io::empty());
+        assert_eq!(lines.add(Some("s"), first).as_deref(), Some("s"));
+        assert_eq!(lines.add(Some("s"), second.clone()), None, "the first is open");
+        assert!(lines.add(None, second.clone()).is_some(), "of another session");
+        lines.find("s").unwrap().close();
+        assert!(!second.closing.is_cancelled());
+        drop(stream);
+        assert!(lines.find("s").is_none());
+        assert!(lines.add(Some("s"), second).is_some(), "the first is gone");
+        assert!(lines.find("s").is_some());
+        lines.remove("s");
+        assert!(lines.find("s").is_none());
     }
 
     #[tokio::test]

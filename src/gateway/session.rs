@@ -241,7 +241,7 @@ pub struct Session {
     /// It is over: the actor ends.
     pub over: CancellationToken,
     socket: Weak<Socket>,
-    /// The line of the connection that the session was opened on.
+    /// The line of its connection, where it was opened as a WebSocket.
     line: Option<Line>,
     /// Known once the session's transport is a WebSocket.
     bypass: OnceLock<Bypass>,
@@ -353,13 +353,25 @@ impl Session {
         lock(&self.rooms).take().into_iter().flatten().map(|(event, _)| event).collect()
     }
 
+    /// The line of its WebSocket.
+    fn line(&self, lines: &Lines) -> Option<Line> {
+        self.line.clone().or_else(|| lines.find(&self.sid))
+    }
+
     /// The bypass of its WebSocket; none while its transport is polling.
     fn bypass(&self, lines: &Lines) -> Option<&Bypass> {
         if self.bypass.get().is_none() && self.socket.upgrade()?.transport_type() == TransportType::Websocket {
-            let line = lines.find(&self.sid).or_else(|| self.line.clone())?;
+            let line = self.line(lines)?;
             self.bypass.set(line.bypass()?.clone()).ok();
         }
         self.bypass.get()
+    }
+
+    /// What is told from now on comes after what was sent before.
+    pub fn hold_news(&self) {
+        if let Some(bypass) = self.bypass.get() {
+            bypass.shut();
+        }
     }
 
     /// Tells news of a room: by the bypass, where `frames` are all of them, or through the queue in their order. When the
@@ -421,7 +433,7 @@ impl Shared {
             told: AtomicBool::new(false),
             over: CancellationToken::new(),
             socket: Arc::downgrade(socket),
-            line: socket.req_parts().extensions.get::<Line>().cloned(),
+            line: handshake::line(socket.req_parts()),
             bypass: OnceLock::new(),
             seat: Mutex::new(Some(seat)),
             refused: AtomicUsize::new(0),
@@ -498,7 +510,7 @@ impl Shared {
         let is_websocket =
             session.socket.upgrade().is_some_and(|socket| socket.transport_type() == TransportType::Websocket);
         let (shared, sid) = (Arc::clone(self), session.sid.clone());
-        let line = session.line.clone().filter(|_| is_websocket);
+        let line = session.line(&self.lines).filter(|_| is_websocket);
         self.tasks.spawn(async move {
             tokio::select! {
                 () = sleep(HANDSHAKE_TIMEOUT) => {}
@@ -508,7 +520,7 @@ impl Shared {
             if shared.rooms.by_sid(&sid).is_some() {
                 return;
             }
-            match shared.lines.find(&sid).or(line) {
+            match line.or_else(|| shared.lines.find(&sid)) {
                 Some(line) => line.close(),
                 None => shared.close_polling(&sid).await,
             }
@@ -526,8 +538,7 @@ impl Shared {
         let transport = session.socket.upgrade().map(|socket| socket.transport_type());
         match transport {
             Some(TransportType::Websocket) => {
-                let line = self.lines.find(&session.sid).or_else(|| session.line.clone());
-                let Some(line) = line else {
+                let Some(line) = session.line(&self.lines) else {
                     tracing::error!("a connection that is not wrapped in a line cannot be closed");
                     return;
                 };

@@ -16,7 +16,7 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 use axum::{
     Json, Router,
     extract::{ConnectInfo, MatchedPath, Path, Request, State},
-    http::{StatusCode, header},
+    http::{HeaderValue, StatusCode, header},
     middleware::{self, Next},
     response::{IntoResponse, Response},
     routing::get,
@@ -107,9 +107,8 @@ async fn limit(State(sources): State<Sources>, request: Request, next: Next) -> 
     let Some(ConnectInfo(peer)) = request.extensions().get::<ConnectInfo<SocketAddr>>() else {
         return next.run(request).await;
     };
-    let lines = request.headers().get_all("x-forwarded-for").into_iter().filter_map(|line| line.to_str().ok());
-    let lines: Vec<_> = lines.collect();
-    let wait = match sources.addresses.quotas.caller(sources.addresses.of(peer.ip(), lines.into_iter())) {
+    let forwarded = request.headers().get_all("x-forwarded-for").iter().map(HeaderValue::as_bytes);
+    let wait = match sources.addresses.quotas.caller(sources.addresses.of(peer.ip(), forwarded)) {
         Ok(None) => None,
         Ok(Some(address)) => address.message().err(),
         Err(_) => Some(Duration::from_secs(1)),

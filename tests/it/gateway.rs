@@ -396,6 +396,20 @@ async fn a_joiner_gets_the_room_and_then_its_news() {
     assert_eq!(watcher.ask("join-event-room", &json!({ "eventId": 999 })).await["code"], "event_not_found");
 }
 
+/// Also of a room that it is in already, when news no longer take the queue that the answer takes.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_joins_again_gets_the_answer_first() {
+    let replica = replica(options()).await;
+    let mut watcher = replica.client(1).await;
+    for _ in 0..200 {
+        watcher.emit("join-event-room", &json!({ "eventId": 1 })).await;
+        for expected in ["joined-event-room", "availability-update", "availability-update"] {
+            let Got::Event(name, _) = watcher.next().await else { panic!("not a message") };
+            assert_eq!(name, expected);
+        }
+    }
+}
+
 /// News are written past the queue of every WebSocket, also of one that began with polling; who polls has them by the
 /// queue. Each is told once for each change.
 #[tokio::test(flavor = "multi_thread")]
