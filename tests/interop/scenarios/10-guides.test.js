@@ -9,6 +9,7 @@ const check = require('../lib/check.js');
 const { block, run } = require('../lib/guide.js');
 const { Peer } = require('../lib/peer.js');
 const { scenario } = require('../lib/scenario.js');
+const { Sticky } = require('../lib/sticky.js');
 const { token } = require('../lib/token.js');
 const { until, within } = require('../lib/wait.js');
 
@@ -116,5 +117,31 @@ scenario('guides: the front end of the guide locks, counts down on the server\'s
     await stage.agree(EVENT, DECK, { availableTickets: 10, lockedTickets: 0 });
   } finally {
     buyer.socket.disconnect();
+  }
+});
+
+scenario('guides: the front end of the guide polls by way of a load balancer, because it keeps its cookie', async (stage) => {
+  await stage.events({ events: [{ id: EVENT, categories: [{ id: DECK, total: 10 }] }] });
+  const { replicas } = await stage.fleet();
+  const sticky = await Sticky.start(replicas);
+  const { connect } = run(block('integration-frontend.md', 'connect'), { io, crypto: globalThis.crypto });
+  const open = (user, options) => connect(sticky.url, async () => token(user), { forceNew: true, transports: ['polling'], reconnection: false, ...options });
+  const buyer = open(7);
+  let careless;
+  try {
+    await within(10_000, 'connected', new Promise((resolve) => buyer.socket.once('connected', resolve)));
+    await buyer.join(EVENT);
+    const grant = await buyer.lock(EVENT, DECK, 2);
+    assert.equal(grant.success, true, JSON.stringify(grant));
+
+    careless = open(8, { withCredentials: false });
+    const refused = new Promise((resolve) => careless.socket.once('connect_error', resolve));
+    const error = await within(10_000, 'its session is unknown to the other replica', refused);
+    assert.match(error.message, /^xhr (poll|post) error$/);
+    assert.equal(error.description, 400);
+  } finally {
+    buyer.socket.disconnect();
+    careless?.socket.disconnect();
+    await sticky.stop();
   }
 });

@@ -1,4 +1,4 @@
-//! The files that run the service and what is beside it: the image, Redis, RabbitMQ.
+//! The files that run the service and what is beside it: the image, HAProxy, Redis, RabbitMQ.
 
 use std::{
     collections::BTreeSet,
@@ -17,10 +17,11 @@ use seatlock::domain::LockStatus;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use super::{path, text, word, yaml};
+use super::{items, path, text, word, yaml};
 use crate::support::{
     free_port,
     ledger::{event, live_at, request, stock},
+    node::until,
     process::{Seatlock, run},
     rabbit::RabbitServer,
 };
@@ -116,6 +117,129 @@ fn a_careless_image_is_found() {
     assert_eq!(image_complaints(rootly), ["the user None is root or a name"]);
 }
 
+/// The shipped configurations of HAProxy, each with its file: the one for a fleet, then those of the stacks to try.
+fn haproxy_configurations() -> [(&'static str, String); 3] {
+    let compose = yaml(&text("deploy/compose.yaml"));
+    let inline = word(&compose["configs"]["haproxy"]["content"]).to_owned();
+    let file = |name: &'static str| (name, text(name));
+    [file("deploy/haproxy.cfg"), file("deploy/local/haproxy.cfg"), ("deploy/compose.yaml", inline)]
+}
+
+/// The directives of a section.
+fn directives<'a>(configuration: &'a str, section: &str) -> Vec<&'a str> {
+    let rest = configuration.lines().skip_while(|line| *line != section).skip(1);
+    let own = rest.take_while(|line| line.is_empty() || line.starts_with(' ')).map(str::trim);
+    own.filter(|line| !line.is_empty() && !line.starts_with('#')).collect()
+}
+
+/// How requests find a replica, without where the replicas are.
+fn rules(configuration: &str) -> Vec<&str> {
+    let all = directives(configuration, "backend replicas").into_iter();
+    all.filter(|directive| !directive.starts_with("server ")).collect()
+}
+
+/// What keeps a session at its replica, lets a replica drain and names the client is the same wherever it is tried.
+#[test]
+fn every_load_balancer_has_the_rules_of_the_shipped_one() {
+    let all = haproxy_configurations();
+    let due = rules(&all[0].1);
+    assert!(due.len() > 10, "{due:?}");
+    for (name, configuration) in &all {
+        assert!(directives(configuration, "defaults").contains(&"option forwardfor"), "{name}: whom it speaks for");
+        assert_eq!(rules(configuration), due, "{name}");
+    }
+}
+
+/// HAProxy with the shipped configuration, in which all replicas are one.
+struct Haproxy {
+    child: Child,
+    url: String,
+    _folder: TempDir,
+}
+
+impl Drop for Haproxy {
+    fn drop(&mut self) {
+        self.child.kill().ok();
+        self.child.wait().ok();
+    }
+}
+
+impl Haproxy {
+    fn start(replica: &str) -> Self {
+        let (folder, public) = (tempfile::tempdir().expect("a temporary folder"), format!("127.0.0.1:{}", free_port()));
+        let mut configuration = text("deploy/haproxy.cfg").replace("bind 0.0.0.0:80", &format!("bind {public}"));
+        for shipped in ["10.0.0.1:8880", "10.0.0.2:8880", "10.0.0.3:8880"] {
+            configuration = configuration.replace(shipped, replica);
+        }
+        let file = folder.path().join("haproxy.cfg");
+        std::fs::write(&file, configuration).expect("our folder");
+        // Debian's is not on everybody's path.
+        let installed = "/usr/sbin/haproxy";
+        let program = if std::path::Path::new(installed).exists() { installed } else { "haproxy" };
+        let mut command = Command::new(program);
+        command.arg("-db").arg("-f").arg(&file).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        let child = command.spawn().expect("haproxy is installed (tests/run installs it)");
+        Self { child, url: format!("http://{public}"), _folder: folder }
+    }
+}
+
+/// The status of a handshake of a client that says that it is somebody else.
+async fn handshake(client: &reqwest::Client, haproxy: &Haproxy, forged: &str) -> u16 {
+    let url = format!("{}/socket.io/?EIO=4&transport=polling", haproxy.url);
+    let answer = client.get(url).header("x-forwarded-for", forged).send().await.expect("an answer");
+    answer.status().as_u16()
+}
+
+/// What a client writes into `X-Forwarded-For` neither makes it another address nor takes anything from that address: the
+/// load balancer appends whom it has heard.
+#[tokio::test]
+async fn behind_the_load_balancer_nobody_chooses_an_address() {
+    let settings = [("SEATLOCK_TRUSTED_PROXIES", "127.0.0.1"), ("SEATLOCK_ADDRESS_HANDSHAKES", "1/m burst 3")];
+    let seatlock = Seatlock::start(&["--demo"], &settings);
+    let haproxy = Haproxy::start(seatlock.url.trim_start_matches("http://"));
+    let client = |last: u8| {
+        let from = std::net::IpAddr::from([127, 0, 0, last]);
+        reqwest::Client::builder().local_address(from).build().expect("a client")
+    };
+    let (forger, other) = (client(2), client(3));
+    until("HAProxy serves", PATIENCE, async || {
+        let answer = other.get(format!("{}/readyz", haproxy.url)).send().await;
+        answer.is_ok_and(|answer| answer.status() == 200)
+    })
+    .await;
+    for forged in ["198.51.100.1", "198.51.100.2", "127.0.0.3"] {
+        assert_eq!(handshake(&forger, &haproxy, forged).await, 200, "within the burst");
+    }
+    assert_eq!(handshake(&forger, &haproxy, "198.51.100.3").await, 429, "a fourth name is nobody new");
+    for _ in 0..3 {
+        assert_eq!(handshake(&other, &haproxy, "127.0.0.2").await, 200, "another address, whatever it says");
+    }
+}
+
+/// A number of bytes as Redis writes it: `512mb`.
+fn bytes(text: &str) -> Option<u64> {
+    let units = [("gb", 1_u64 << 30), ("mb", 1 << 20)];
+    units.iter().find_map(|(unit, of)| Some(text.strip_suffix(unit)?.parse::<u64>().ok()? * of))
+}
+
+/// The backlog for Redis replicas counts as memory in use, so it must leave most of that to locks.
+#[test]
+fn the_memory_of_redis_has_room_beside_its_backlog() {
+    let shipped = text("deploy/redis.conf");
+    let compose = yaml(&text("deploy/compose.yaml"));
+    let command: Vec<&str> = items(&compose["services"]["redis"]["command"]).iter().map(word).collect();
+    let shipped: Vec<(&str, &str)> = shipped.lines().filter_map(|line| line.split_once(' ')).collect();
+    let given: Vec<(&str, &str)> =
+        command.windows(2).filter_map(|pair| Some((pair[0].strip_prefix("--")?, pair[1]))).collect();
+    for (name, settings) in [("deploy/redis.conf", &shipped), ("deploy/compose.yaml", &given)] {
+        let value = |wanted: &str| {
+            let found = settings.iter().find(|(setting, _)| *setting == wanted);
+            found.and_then(|(_, value)| bytes(value)).unwrap_or_else(|| panic!("{name}: no {wanted}"))
+        };
+        assert!(value("repl-backlog-size") <= value("maxmemory") / 4, "{name}");
+    }
+}
+
 /// A `redis-server` with the shipped configuration.
 struct Redis {
     child: Child,
@@ -190,14 +314,9 @@ async fn redis_takes_its_configuration_and_keeps_locks() {
             let (name, value) = line.split_once(' ').expect("a directive and its value");
             let name = if name == "client-output-buffer-limit" { continue } else { name };
             let is = redis.ask(&["CONFIG", "GET", name]).await;
-            let bytes = |text: &str| {
-                let text = text.trim_matches('"');
-                [("gb", 1_u64 << 30), ("mb", 1 << 20)]
-                    .iter()
-                    .find_map(|(unit, of)| Some((text.strip_suffix(unit)?.parse::<u64>().ok()? * of).to_string()))
-                    .unwrap_or_else(|| text.to_owned())
-            };
-            assert_eq!(is, [name.to_owned(), bytes(value)], "{line}");
+            let value = value.trim_matches('"');
+            let due = bytes(value).map_or_else(|| value.to_owned(), |bytes| bytes.to_string());
+            assert_eq!(is, [name.to_owned(), due], "{line}");
             told += 1;
         }
     }

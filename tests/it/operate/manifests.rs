@@ -26,8 +26,12 @@ const MARGIN: Duration = Duration::from_secs(5);
 
 /// The objects of an overlay, as `kubectl apply -k` would send them.
 fn rendered(overlay: &str) -> Vec<Value> {
-    let folder = format!("k8s/overlays/{overlay}");
-    let ran = Command::new("kubectl").args(["kustomize", &folder]).current_dir(path("")).output();
+    built(&format!("k8s/overlays/{overlay}"))
+}
+
+/// The objects of a folder with a `kustomization.yaml`.
+fn built(folder: &str) -> Vec<Value> {
+    let ran = Command::new("kubectl").args(["kustomize", folder]).current_dir(path("")).output();
     let ran = ran.expect("kubectl is installed (tests/run installs it)");
     assert!(ran.status.success(), "{folder}: {}", String::from_utf8_lossy(&ran.stderr));
     let text = String::from_utf8(ran.stdout).expect("UTF-8");
@@ -218,8 +222,8 @@ fn the_objects_mean_each_other() {
     }
     let scaled = &one(&objects, "HorizontalPodAutoscaler")["spec"];
     assert_eq!(scaled["scaleTargetRef"]["name"], one(&objects, "Deployment")["metadata"]["name"]);
-    let gauge = word(&scaled["metrics"][1]["pods"]["metric"]["name"]);
-    assert!(seatlock::metrics::ALL.iter().any(|metric| metric.name == gauge), "{gauge} is exported");
+    // What every cluster with a metrics server can answer: an unanswered metric keeps the fleet from getting smaller.
+    assert!(items(&scaled["metrics"]).iter().all(|metric| metric["type"] == "Resource"), "{scaled}");
 
     let service = one(&objects, "Service");
     // Alerts go by this name of the job.
@@ -246,8 +250,38 @@ fn the_objects_mean_each_other() {
         let port = url::Url::parse(url.reveal()).expect("a URL").port().expect("with a port");
         assert!(open.contains(&port.into()), "the way to {port} is open");
     }
+    let operations = text("docs/operations.md");
+    let collector = operations.split("OTEL_EXPORTER_OTLP_ENDPOINT=").nth(1).and_then(|rest| rest.split(' ').next());
+    let collector = url::Url::parse(collector.expect("an example")).expect("a URL").port().expect("with a port");
+    assert!(open.contains(&collector.into()), "the way to the collector of docs/operations.md is open");
     let grants: Vec<_> = objects.iter().filter(|object| object["metadata"]["namespace"] != "seatlock").collect();
     assert!(grants.iter().all(|object| object["kind"] == "Namespace"), "{grants:?}");
+}
+
+/// With the component the fleet is scaled by a gauge that is exported, beside what it went by before.
+#[test]
+fn the_component_scales_by_sockets_too() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    // Kustomize takes folders by relative paths only.
+    let deep = folder.path().canonicalize().expect("it is there").components().count() - 1;
+    let root = format!("{}{}", "../".repeat(deep), path("").canonicalize().expect("it is there").display());
+    let with = json!({
+        "apiVersion": "kustomize.config.k8s.io/v1beta1",
+        "kind": "Kustomization",
+        "resources": [format!("{root}/k8s/overlays/production")],
+        "components": [format!("{root}/k8s/sockets-metric")],
+    });
+    // JSON is YAML.
+    std::fs::write(folder.path().join("kustomization.yaml"), with.to_string()).expect("our folder");
+    let objects = built(&folder.path().display().to_string());
+    let before = rendered("production");
+    let metrics = |objects: &[Value]| items(&one(objects, "HorizontalPodAutoscaler")["spec"]["metrics"]).to_vec();
+    let scaled = metrics(&objects);
+    let (last, others) = scaled.split_last().expect("a metric");
+    assert_eq!(others, metrics(&before));
+    let gauge = word(&last["pods"]["metric"]["name"]);
+    assert!(seatlock::metrics::ALL.iter().any(|metric| metric.name == gauge), "{gauge} is exported");
+    assert_eq!(complaint(one(&objects, "HorizontalPodAutoscaler")), None);
 }
 
 /// The operator's rules are the ones that are tested.

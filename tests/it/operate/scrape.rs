@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 use tempfile::TempDir;
 
-use super::{alerts, items, path, text, word};
+use super::{alerts, items, text, word};
 use crate::support::{free_port, process::Seatlock, redis::RedisServer};
 
 const KEY: (&str, &str) = ("SEATLOCK_JWT_SECRET", "a-key-of-32-bytes-for-tests-only");
@@ -27,7 +27,7 @@ impl Drop for Prometheus {
 }
 
 fn replaced(text: &str, what: &str, by: &str) -> String {
-    assert_eq!(text.matches(what).count(), 1, "{what} in deploy/prometheus/prometheus.yml");
+    assert_eq!(text.matches(what).count(), 1, "{what} in a file of deploy/prometheus");
     text.replace(what, by)
 }
 
@@ -42,7 +42,8 @@ impl Prometheus {
         let shipped = replaced(&shipped, "scrape_timeout: 5s", "scrape_timeout: 1s");
         let shipped = replaced(&shipped, "evaluation_interval: 15s", "evaluation_interval: 1s");
         std::fs::write(folder.path().join("prometheus.yml"), shipped).expect("our folder");
-        std::fs::copy(path("deploy/prometheus/alerts.yaml"), folder.path().join("alerts.yaml")).expect("our folder");
+        let rules = replaced(&text("deploy/prometheus/alerts.yaml"), "interval: 15s", "interval: 1s");
+        std::fs::write(folder.path().join("alerts.yaml"), rules).expect("our folder");
         let address = format!("127.0.0.1:{}", free_port());
         let child = Command::new("prometheus")
             .arg(format!("--config.file={}", folder.path().join("prometheus.yml").display()))
