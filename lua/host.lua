@@ -1,4 +1,5 @@
--- host: note that a replica may have sessions of a user. Written before `enter`, so the index is never too small.
+-- host: note that a replica may have sessions of a user. Written before `enter`, so the index is never too small, and after it:
+-- the leaving of another of their sessions may have taken them out in between.
 --
 -- KEYS[1] hosted  zset   users by when a session of theirs last began on the replica, us
 -- ARGV[1] user    integer

@@ -225,6 +225,20 @@ mod tests {
     }
 
     #[test]
+    fn a_pin_is_not_forgotten_and_is_learnt_from_a_listing() {
+        let (keep, event) = (keep(), EventId::new(1).expect("an id"));
+        let [pinned, listed] = [(); 2].map(|()| LockId::generate(event));
+        keep.granted(user(), memento(pinned));
+        keep.heard(user(), &Personal::Pinned { lock: pinned, deadline: Instant::from_ms(20) });
+        let again = Memento { created_at: Instant::from_ms(1), ..memento(pinned) };
+        keep.granted(user(), again);
+        keep.listed(user(), &[active(pinned), Lock { pinned: true, ..active(listed) }]);
+        let of = keep.of(user());
+        assert_eq!((&of[0].kept, of[0].created_at), (&Kept::Pinned, memento(pinned).created_at));
+        assert_eq!(of[1].kept, Kept::Pinned);
+    }
+
+    #[test]
     fn ended_locks_and_absent_users_are_forgotten() {
         let keep = keep();
         keep.begin(user());

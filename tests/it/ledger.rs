@@ -3,9 +3,9 @@
 use std::time::Duration;
 
 use seatlock::domain::{
-    AcceptOutcome, AskOutcome, ConfirmOutcome, Instant, Kept, LockId, LockOutcome, LockStatus, Memento, OrderOutcome,
-    OrderResult, Personal, RateLimit, ReleaseOutcome, ReleaseReason, Releaser, RestoreOutcome, RestoreRequest,
-    SessionId, SnapshotNumber, ValidateOutcome, ValidateRequest,
+    AcceptOutcome, AskOutcome, ConfirmOutcome, Instant, Kept, Lock, LockId, LockOutcome, LockStatus, Memento,
+    OrderOutcome, OrderResult, Personal, RateLimit, ReleaseOutcome, ReleaseReason, Releaser, RestoreOutcome,
+    RestoreRequest, SessionId, SnapshotNumber, ValidateOutcome, ValidateRequest,
 };
 use seatlock::ledger::{ChangeKind, FeedItem, Topic};
 
@@ -72,6 +72,33 @@ fn lost(on: &Stepped, user_id: u64, n: u64, kept: Kept) -> RestoreRequest {
 }
 
 const ORDERS: Releaser = Releaser::Orders { user: None };
+
+/// 1,501 owners, the last of whom locked so much later than the others; how often each of three is warned.
+async fn warned_after(on: &Stepped, gap: Duration) {
+    on.stock(event(1), &[(1, 1600, 1600)]).await;
+    futures_util::future::join_all((100..1600).map(|user| on.grant(event(1), 1, user, 1))).await;
+    on.step(gap).await;
+    on.grant(event(1), 1, 7, 1).await;
+    let mut feed = on.ledger.feed().expect("taken once");
+    for owner in [7, 100, 1599] {
+        on.ledger.subscribe(Topic::User(user(owner))).await.unwrap();
+    }
+    on.step(TTL - WARNING - gap).await;
+    for _ in 0..3 {
+        on.ledger.sweep().await.unwrap();
+        on.step(MS).await;
+    }
+    let mut warned = Vec::new();
+    while let Ok(item) = tokio::time::timeout(Duration::from_millis(500), feed.recv()).await {
+        match item {
+            Some(FeedItem::Personal(who, Personal::Expiring { .. })) => warned.push(who),
+            Some(FeedItem::Resync) => {}
+            other => panic!("{other:?}"),
+        }
+    }
+    warned.sort_unstable();
+    assert_eq!(warned, [7, 100, 1599].map(user));
+}
 
 on_both! {
     /// Stock that was never told, or too long ago, decides nothing.
@@ -604,27 +631,27 @@ on_both! {
 
     /// More owners are to be warned at once than one sweep warns: the last of them is warned too.
     async fn the_last_of_many_owners_is_warned(on: &Stepped) {
-        on.stock(event(1), &[(1, 1600, 1600)]).await;
-        futures_util::future::join_all((100..1600).map(|user| on.grant(event(1), 1, user, 1))).await;
-        on.step(MS).await;
+        warned_after(on, MS).await;
+    }
+
+    /// Also when all of them have one deadline, and nobody twice.
+    async fn many_owners_of_one_deadline_are_warned(on: &Stepped) {
+        warned_after(on, Duration::ZERO).await;
+    }
+
+    /// A listing says which locks an order is in progress of.
+    async fn listings_tell_of_pins(on: &Stepped) {
+        on.stock(event(1), &[(1, 9, 9), (2, 9, 9)]).await;
         on.grant(event(1), 1, 7, 1).await;
-        let mut feed = on.ledger.feed().expect("taken once");
-        on.ledger.subscribe(Topic::User(user(7))).await.unwrap();
-        on.step(TTL - WARNING).await;
-        for _ in 0..3 {
-            on.ledger.sweep().await.unwrap();
-            on.step(MS).await;
-        }
-        loop {
-            match tokio::time::timeout(Duration::from_secs(5), feed.recv()).await.expect("told in time") {
-                Some(FeedItem::Personal(who, Personal::Expiring { .. })) => {
-                    assert_eq!(who, user(7));
-                    break;
-                }
-                Some(FeedItem::Resync) => {}
-                other => panic!("{other:?}"),
-            }
-        }
+        on.grant(event(1), 2, 7, 1).await;
+        on.ledger.validate(&validate(7, 2, 1)).await.unwrap();
+        let pins = |locks: Vec<Lock>| locks.iter().map(|lock| (lock.category.value(), lock.pinned)).collect::<Vec<_>>();
+        let expected = [(1, false), (2, true)];
+        assert_eq!(pins(on.ledger.locks_in(event(1), user(7)).await.unwrap()), expected);
+        let session = SessionId::generate();
+        assert_eq!(pins(on.ledger.enter(user(7), session).await.unwrap().locks), expected);
+        on.ledger.leave(user(7), session, GRACE).await.unwrap();
+        assert_eq!(pins(on.ledger.locks_in(event(1), user(7)).await.unwrap()), expected, "abandoned, and not pinned");
     }
 
     /// An order that is reported again does not take the lock that its buyer has made since.

@@ -377,6 +377,40 @@ async fn questions_and_answers_have_a_lifetime() {
     on.every_key_ends().await;
 }
 
+/// Of an event that may not exist nothing is kept for long; of one with stock or sales it is.
+#[tokio::test]
+async fn questions_about_nothing_are_forgotten_soon() {
+    let on = Bench::new().await;
+    let number = on.event("ask", &[], &["0"]).await[1].clone();
+    let left = on.server.pttl("counts").await;
+    assert!((1..=60_000).contains(&left), "{left}");
+    on.event("accept", &[], &[&number, "1", "9", "9", "1"]).await;
+    on.event("ask", &[], &["0"]).await;
+    assert!(on.server.pttl("counts").await > 60_000);
+}
+
+/// A sale is shown by a question that comes after it, also when Redis has gone back to a number before the question's.
+#[tokio::test]
+async fn an_older_question_never_shows_a_sale() {
+    let on = Bench::new().await;
+    on.stock(&["1", "9", "9", "1"]).await;
+    on.lock("lock-1", "7", "1", "1").await;
+    on.confirm("lock-1", "7", "").await;
+    let before: String = on.client.hget("counts", "counter").await.expect("HGET answers");
+    on.pass(1).await;
+    let asked = on.event("ask", &[], &["0"]).await[1].clone();
+    assert_ne!(asked, before);
+    let _: () = on.client.hset("counts", ("counter", before)).await.expect("HSET answers");
+    on.pass(1).await;
+    on.order("A", "7", "1", "completed").await;
+    on.order("B", "8", "2", "completed").await;
+    assert_eq!(on.event("accept", &[], &[&asked, "1", "9", "9", "1"]).await[0], "accepted");
+    assert_eq!(on.client.zcard::<u64, _>("sold").await.expect("ZCARD answers"), 2, "both wait for a later question");
+    let later = on.event("ask", &[], &["0"]).await[1].clone();
+    assert_eq!(on.event("accept", &[], &[&later, "1", "9", "6", "1"]).await[0], "accepted");
+    assert_eq!(on.client.zcard::<u64, _>("sold").await.expect("ZCARD answers"), 0);
+}
+
 /// Locks and their tombstones live as long as they answer for themselves.
 #[tokio::test]
 async fn every_tombstone_has_its_own_lifetime() {

@@ -5,10 +5,10 @@ use std::time::{Duration, Instant};
 
 use fred::interfaces::ClientLike;
 use fred::types::{ClusterHash, CustomCommand, Value};
-use seatlock::domain::LockOutcome;
+use seatlock::domain::{ConfirmOutcome, LockId, LockOutcome, LockRequest, LockStatus};
 use seatlock::ledger::{ErrorKind, FeedItem, Ledger, Topic};
 
-use crate::support::ledger::{event, live, request, stock};
+use crate::support::ledger::{event, live, request, stock, user};
 use crate::support::redis::RedisServer;
 
 const LIMIT: Duration = Duration::from_millis(500);
@@ -127,4 +127,42 @@ async fn a_grant_waits_for_redis_replicas() {
         }
     }
     assert_eq!(free().await, 7);
+}
+
+/// A repeat of a lock that its user has been told of is not answered either while too few have it, and nothing of it is
+/// undone, confirmed or not.
+#[tokio::test]
+async fn a_repeat_that_is_not_replicated_ends_nothing() {
+    let (primary, mut follower) = (RedisServer::start().await, RedisServer::start().await);
+    let port = primary.listen(crate::support::free_port()).await;
+    let ledger = live(&primary, Duration::from_secs(2), 1);
+    recovered(ledger.as_ref()).await;
+    stock(ledger.as_ref(), event(1), &[(1, 9, 9)]).await;
+    let command = CustomCommand::new_static("REPLICAOF", ClusterHash::Random, false);
+    let client = follower.client().await;
+    let _: Value = client.custom(command, vec!["127.0.0.1".to_owned(), port.to_string()]).await.expect("follows");
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while ledger.lock(&request(event(1), 1, 9, 1)).await.is_err() {
+        assert!(Instant::now() < deadline, "never replicated");
+    }
+    let wanted = [7, 8].map(|user| LockRequest { request: "r-1".parse().ok(), ..request(event(1), 1, user, 2) });
+    let mut locks = Vec::new();
+    for wanted in &wanted {
+        let LockOutcome::Granted(grant) = ledger.lock(wanted).await.expect("an answer") else { panic!("free") };
+        locks.push(grant.lock);
+    }
+    assert_eq!(ledger.confirm(locks[1], Some(user(8)), None).await.expect("an answer"), ConfirmOutcome::Confirmed);
+    follower.kill();
+    for (wanted, lock) in wanted.iter().zip(&locks) {
+        for fresh in [wanted.clone(), LockRequest { lock: LockId::generate(event(1)), ..wanted.clone() }] {
+            match ledger.lock(&fresh).await {
+                Err(error) => assert_eq!(error.kind(), ErrorKind::NotReplicated),
+                // Nothing is written for a lock that is confirmed: its request is over.
+                Ok(outcome) => assert!(matches!(outcome, LockOutcome::RequestEnded { .. }), "{outcome:?}"),
+            }
+            let status = ledger.find(*lock).await.expect("an answer").expect("known").status;
+            let expected = if *lock == locks[1] { LockStatus::Confirmed } else { LockStatus::Active };
+            assert_eq!(status, expected);
+        }
+    }
 }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use fred::interfaces::ClientLike;
+use fred::interfaces::{ClientLike, SortedSetsInterface};
 use seatlock::domain::{
     Kept, LockId, LockOutcome, Memento, ReplicaId, ReplicaReport, RestoreOutcome, RestoreRequest, SessionId,
 };
@@ -182,4 +182,35 @@ async fn lost_data_is_noticed_and_locks_are_handed_back() {
     assert!(noticed.elapsed() >= Duration::from_secs(5), "{:?}", noticed.elapsed());
     let rows = ledger.availability(event(1), Duration::from_mins(1)).await.unwrap().expect("known");
     assert_eq!((rows[0].available(), rows[0].active), (5, 4));
+}
+
+/// Who comes is written down last where the users of a replica are: the leaving of another session of theirs, which took
+/// them out of there meanwhile, comes before.
+#[tokio::test]
+async fn who_is_here_is_written_down_last() {
+    let server = RedisServer::start().await;
+    let ledger = live(&server, Duration::from_secs(2), 0);
+    let client = server.client().await;
+    for _ in 0..5 {
+        let presence = ledger.enter(user(7), SessionId::generate()).await.unwrap();
+        let keys = server.keys().await;
+        let hosted = keys.iter().find(|key| key.contains("{r:")).expect("the users of the replica");
+        let since: f64 = client.zscore(hosted, "7").await.expect("ZSCORE answers");
+        #[expect(clippy::cast_precision_loss, reason = "microseconds since 1970 are below 2^53")]
+        let entered = presence.generation as f64;
+        assert!(since >= entered, "{since} {entered}");
+    }
+}
+
+/// The fleet's counts look at ten thousand events at most, and at those that live longest first.
+#[tokio::test]
+async fn counts_of_very_many_events_are_those_of_the_newest() {
+    let on = Stepped::redis().await;
+    for portion in 0..11_u64 {
+        let old = (0..1000_u64).map(|at| (1.0, (1_000_000 + portion * 1000 + at).to_string())).collect::<Vec<_>>();
+        let _: () = on.client().zadd("seatlock:{fleet}:events", None, None, false, false, old).await.unwrap();
+    }
+    on.stock(event(1), &[(1, 9, 9)]).await;
+    on.grant(event(1), 1, 7, 2).await;
+    assert_eq!(on.ledger.stats().await.unwrap().users_with_locks, 1);
 }

@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 use super::House;
 use crate::support::gateway::Raw;
 use crate::support::node::until;
+use crate::support::redis::RedisServer;
 
 /// Milliseconds that a granted lock stands.
 fn life_ms(granted: &Value) -> i64 {
@@ -40,4 +41,27 @@ async fn who_lets_locks_lapse_keeps_them_less_long() {
     until("the buyer's is found too", Duration::from_secs(25), async || house.metric(abandoned).await == 5).await;
     let all = "seatlock_gateway_users_by_abandoned_share{share=\"all\"}";
     until("the hoarder shows", Duration::from_secs(10), async || house.metric(all).await == 1).await;
+}
+
+/// Events that somebody invents are answered with a clear refusal and leave nothing in Redis for longer than a minute.
+#[tokio::test(flavor = "multi_thread")]
+async fn invented_events_are_not_written_down() {
+    let redis = RedisServer::start().await;
+    let house = House::start(&[("SEATLOCK_REDIS_URL", redis.url().as_str())]);
+    let mut stranger = Raw::greeted(house.address, 7).await;
+    for id in 1000..1005 {
+        let wanted = json!({"eventId": id, "categoryId": 1, "quantity": 1});
+        assert_eq!(stranger.ask("lock-tickets", &wanted).await["code"], "event_not_found");
+        assert_eq!(stranger.ask("join-event-room", &json!({ "eventId": id })).await["code"], "event_not_found");
+    }
+    for key in redis.keys().await {
+        assert!(!key.ends_with(":events") && !key.ends_with(":due"), "{key}");
+        if key.contains(":counts") {
+            let left = redis.pttl(&key).await;
+            assert!((1..=60_000).contains(&left), "{key} {left}");
+        }
+    }
+    let wanted = json!({"eventId": 1, "categoryId": 1, "quantity": 1});
+    assert_eq!(stranger.ask("lock-tickets", &wanted).await["success"], true);
+    assert!(redis.keys().await.iter().any(|key| key.ends_with(":events")), "one that is real is");
 }

@@ -5,10 +5,13 @@ use std::net::{SocketAddr, TcpListener};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use fred::interfaces::HashesInterface;
 use serde_json::{Value, json};
 
 use super::House;
 use crate::support::gateway::{Got, Raw, token};
+use crate::support::node::until;
+use crate::support::redis::RedisServer;
 
 /// What one such neighbour sends on every connection, for ever or as long as it is let.
 #[derive(Clone, Copy)]
@@ -124,4 +127,41 @@ async fn an_events_service_that_talks_nonsense() {
         let answer = besieged(&house, evil).await;
         assert_eq!(answer["code"], "inventory_unavailable", "{}: {answer}", evil.what);
     }
+}
+
+/// Redis does not answer for longer than a session that ends tries to say so: it is said when Redis does, and locks that the
+/// same user makes later are given back after the grace.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_redis_that_is_away_for_long_hears_of_who_left() {
+    let redis = RedisServer::start().await;
+    let client = redis.client().await;
+    let house = House::start(&[
+        ("SEATLOCK_REDIS_URL", redis.url().as_str()),
+        ("SEATLOCK_REQUEST_TIMEOUT", "500ms"),
+        ("SEATLOCK_DISCONNECT_GRACE", "1s"),
+    ]);
+    let tab = Raw::greeted(house.address, 7).await;
+    let sessions = async || {
+        let fields: Vec<String> = client.hkeys("seatlock:{u:7}").await.expect("HKEYS answers");
+        fields.iter().filter(|field| *field != "#" && !field.starts_with("e:")).count()
+    };
+    redis.signal("STOP");
+    drop(tab);
+    tokio::time::sleep(Duration::from_secs(17)).await;
+    redis.signal("CONT");
+    let mut back = Raw::greeted(house.address, 7).await;
+    let wanted = json!({"eventId": 1, "categoryId": 1, "quantity": 1});
+    until("Redis is back", Duration::from_secs(10), async || {
+        back.ask("lock-tickets", &wanted).await["success"] == true
+    })
+    .await;
+    until("only the new session stands there", Duration::from_secs(20), async || sessions().await == 1).await;
+    drop(back);
+    let mut other = Raw::greeted(house.address, 8).await;
+    let all = json!({"eventId": 1, "categoryId": 1, "quantity": 10});
+    until("the lock is given back", Duration::from_secs(10), async || {
+        other.ask("join-event-room", &json!({ "eventId": 1 })).await["availability"][0]["lockedTickets"] == 0
+    })
+    .await;
+    assert_eq!(other.ask("lock-tickets", &all).await["success"], true);
 }
