@@ -245,6 +245,11 @@ impl Metric {
         self.add(values, 1);
     }
 
+    /// Shows a counter as zero until something is counted: a rate would say nothing of the first.
+    pub fn show(&self, values: &[&'static str]) {
+        self.add(values, 0);
+    }
+
     /// Counts `n`.
     pub fn add(&self, values: &[&'static str], n: u64) {
         self.with(values, |handle| {
@@ -318,7 +323,7 @@ pub fn install() -> Result<Handle, BuildError> {
         // Shown as zero from the start. Which values the labels of the others take is known where they are used.
         if metric.labels.is_empty() {
             match metric.kind {
-                Kind::Counter => metric.add(&[], 0),
+                Kind::Counter => metric.show(&[]),
                 Kind::Gauge => metric.set(&[], 0.0),
                 Kind::Histogram(_) => {}
             }

@@ -17,11 +17,11 @@ use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::{SourceError, StockSource};
+use super::{SourceError, SourceErrorKind, StockSource};
 use crate::domain::{
     AcceptOutcome, AskOutcome, Availability, EventId, LockOutcome, LockRequest, RestoreOutcome, RestoreRequest,
 };
-use crate::ledger::{Ledger, LedgerError};
+use crate::ledger::{ErrorKind, Ledger, LedgerError};
 use crate::metrics;
 
 /// After a question its answer also answers everybody who comes within this time, and a refresh waits as long: it
@@ -247,6 +247,10 @@ impl Stock {
         options: StockOptions,
         stop: CancellationToken,
     ) -> Arc<Self> {
+        let failures = ErrorKind::ALL.map(ErrorKind::as_str).into_iter();
+        for kind in failures.chain(SourceErrorKind::ALL.map(SourceErrorKind::as_str)) {
+            metrics::LEDGER_LOCKS.show(&[kind]);
+        }
         let permits = Semaphore::new(options.concurrent_max.max(1));
         Arc::new(Self {
             shared: Arc::new(Shared {

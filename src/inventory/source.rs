@@ -65,6 +65,18 @@ pub enum SourceErrorKind {
 }
 
 impl SourceErrorKind {
+    /// All of them.
+    pub const ALL: [Self; 8] = [
+        Self::EventNotFound,
+        Self::Unavailable,
+        Self::Timeout,
+        Self::Busy,
+        Self::Refused,
+        Self::Malformed,
+        Self::Ledger,
+        Self::Stopping,
+    ];
+
     /// The metric label.
     #[must_use]
     pub const fn as_str(self) -> &'static str {

@@ -61,6 +61,10 @@ pub enum ErrorKind {
 }
 
 impl ErrorKind {
+    /// All of them.
+    pub const ALL: [Self; 6] =
+        [Self::Timeout, Self::Disconnected, Self::Refused, Self::NotReplicated, Self::Restoring, Self::Protocol];
+
     /// The metric label.
     #[must_use]
     pub const fn as_str(self) -> &'static str {

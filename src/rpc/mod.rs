@@ -20,8 +20,10 @@ use tokio_util::sync::CancellationToken;
 
 use self::consumer::{Consumer, State};
 use self::dispatch::Dispatcher;
+use self::wire::Pattern;
 use crate::inventory::Stock;
 use crate::ledger::{Ledger, LedgerError};
+use crate::metrics;
 
 /// How the service takes part in RabbitMQ.
 #[derive(Clone)]
@@ -88,6 +90,11 @@ pub fn start(
     stats: Arc<dyn StatsSource>,
     stop: CancellationToken,
 ) -> Rpc {
+    for pattern in Pattern::ALL {
+        for outcome in ["failed", "given_back"] {
+            metrics::RPC_MESSAGES.show(&[pattern.as_str(), outcome]);
+        }
+    }
     let dispatcher = Dispatcher::new(ledger, stock, stats, options.checkout_window);
     let known = Arc::new(State::default());
     let done = CancellationToken::new();

@@ -155,6 +155,30 @@ async fn readiness_follows_redis_and_liveness_does_not() {
     assert_eq!(seatlock.exit_code(), 0);
 }
 
+/// What alerts divide or watch is there as zero from the start: a rate says nothing of a series' first value.
+#[tokio::test]
+async fn failures_are_counted_from_zero() {
+    let seatlock = Seatlock::start(
+        &[],
+        &[
+            ("SEATLOCK_AMQP_URL", "amqp://127.0.0.1:1"),
+            ("SEATLOCK_JWKS_URL", "http://127.0.0.1:1/keys"),
+            ("SEATLOCK_EVENTS_URL", "file:src/inventory/demo.json"),
+        ],
+    );
+    let text = reqwest::get(format!("{}/metrics", seatlock.url)).await.expect("an answer").text().await.expect("text");
+    for series in [
+        r#"seatlock_ledger_locks_total{outcome="timeout"} 0"#,
+        r#"seatlock_ledger_locks_total{outcome="not_replicated"} 0"#,
+        r#"seatlock_ledger_locks_total{outcome="busy"} 0"#,
+        r#"seatlock_rpc_messages_total{pattern="confirm-ticket-lock",outcome="failed"} 0"#,
+        r#"seatlock_rpc_messages_total{pattern="validate-user-locks",outcome="given_back"} 0"#,
+        r#"seatlock_gateway_key_fetches_total{outcome="fetched"} 0"#,
+    ] {
+        assert!(text.lines().any(|line| line == series), "{series} in\n{text}");
+    }
+}
+
 /// A new replica waits a little for its broker before it calls itself ready, and no longer: without one sockets work.
 #[tokio::test]
 async fn a_new_replica_waits_a_little_for_its_broker() {

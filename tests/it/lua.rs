@@ -385,6 +385,7 @@ async fn questions_about_nothing_are_forgotten_soon() {
     let left = on.server.pttl("counts").await;
     assert!((1..=60_000).contains(&left), "{left}");
     on.event("accept", &[], &[&number, "1", "9", "9", "1"]).await;
+    on.client.pexpire::<(), _>("counts", 1000, None).await.expect("PEXPIRE answers");
     on.event("ask", &[], &["0"]).await;
     assert!(on.server.pttl("counts").await > 60_000);
 }

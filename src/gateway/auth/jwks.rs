@@ -240,6 +240,7 @@ impl Shared {
 
     /// One fetch; keys that are known stay when it fails.
     async fn update(&self) {
+        metrics::GATEWAY_KEY_FETCHES.show(&["fetched"]);
         let deadline = self.pace.deadline;
         let answer = tokio::time::timeout(deadline, self.fetch()).await;
         match answer.unwrap_or(Err(FetchError::Timeout(deadline))) {
