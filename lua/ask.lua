@@ -15,7 +15,8 @@
 --   {"ask", number, timed_out}   timed_out: how many confirmed locks were marked
 --   {"fresh"}                    and nothing waits for a newer one; nothing changed
 --
--- COST O(log n + t) in confirmed locks and those that timed out (1,000 at most); 4 reads and 2 writes, and 8 more for each of these.
+-- COST O(log n + t) in confirmed locks and those that timed out (1,000 at most); 4 reads and 2 writes, and 8 calls more
+-- for each that timed out.
 
 local UNKNOWN_MS = '60000'
 
