@@ -25,6 +25,7 @@ pub const TARGETS: &[Target] = &[
     ("inventory_catalogues", inventory::fuzzing::catalogues),
     ("ledger_notices", ledger::fuzzing::notices),
     ("ledger_replies", ledger::fuzzing::replies),
+    ("ledger_streams", ledger::fuzzing::streams),
     ("callers_forwarded", forwarded),
 ];
 

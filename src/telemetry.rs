@@ -22,7 +22,7 @@ pub use otlp::{Request, Script, flush, script};
 
 /// Drivers that log at `info` or at `error` what their peers can trigger at will, or what is reported once by the
 /// module that owns them. They come before the operator's filter, which can raise them again.
-const QUIET: &str = "socketioxide=off,engineioxide=off,fred=off,lapin=off,hyper=warn,h2=warn,rustls=warn,reqwest=warn,\
+const QUIET: &str = "socketioxide=off,engineioxide=off,redis=off,lapin=off,hyper=warn,h2=warn,rustls=warn,reqwest=warn,\
     opentelemetry=off";
 
 /// A bare level is for this program: libraries are at `info` at most, because below it some log what they carry, tokens
@@ -156,7 +156,7 @@ mod tests {
             ("warn", "warn"),
             ("off", "off"),
             ("debug", "info,seatlock=debug"),
-            ("trace,fred=debug", "info,seatlock=trace,fred=debug"),
+            ("trace,lapin=debug", "info,seatlock=trace,lapin=debug"),
             ("info,seatlock::rpc=debug", "info,seatlock::rpc=debug"),
         ] {
             assert_eq!(for_us(filter), ours);

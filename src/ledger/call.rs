@@ -6,8 +6,6 @@
 use std::fmt::{Display, Write as _};
 use std::ops::Range;
 
-use bytes::Bytes;
-
 use super::key;
 use crate::domain::EventId;
 
@@ -68,13 +66,13 @@ impl Call {
 
     /// Ready to be sent, more than once if need be.
     pub(super) fn close(self) -> ClosedCall {
-        ClosedCall { text: Bytes::from(self.text), keys: self.keys, args: self.args }
+        ClosedCall { text: self.text, keys: self.keys, args: self.args }
     }
 }
 
 /// See [`Call::close`].
 pub(super) struct ClosedCall {
-    text: Bytes,
+    text: String,
     keys: Vec<Range<usize>>,
     args: Vec<Range<usize>>,
 }
@@ -82,22 +80,23 @@ pub(super) struct ClosedCall {
 impl ClosedCall {
     /// The key that says which server is asked; "" when there is none.
     pub(super) fn first_key(&self) -> &str {
-        let range = self.keys.first().cloned().unwrap_or_default();
-        std::str::from_utf8(&self.text[range]).unwrap_or_default()
+        self.words().next().filter(|_| !self.keys.is_empty()).unwrap_or_default()
     }
 
-    /// The keys.
-    pub(super) fn keys<T: From<Bytes>>(&self) -> Vec<T> {
-        self.words(&self.keys)
+    /// How many keys and how many arguments.
+    pub(super) fn count(&self) -> (usize, usize) {
+        (self.keys.len(), self.args.len())
     }
 
-    /// The arguments.
-    pub(super) fn args<T: From<Bytes>>(&self) -> Vec<T> {
-        self.words(&self.args)
+    /// How long all of them are together, in bytes.
+    pub(super) fn len(&self) -> usize {
+        self.text.len()
     }
 
-    fn words<T: From<Bytes>>(&self, ranges: &[Range<usize>]) -> Vec<T> {
-        ranges.iter().map(|range| T::from(self.text.slice(range.clone()))).collect()
+    /// The keys, then the arguments.
+    pub(super) fn words(&self) -> impl Iterator<Item = &str> {
+        // Each range was taken where a text was written.
+        self.keys.iter().chain(&self.args).map(|range| self.text.get(range.clone()).unwrap_or_default())
     }
 }
 
@@ -112,10 +111,9 @@ mod tests {
         assert_eq!(call.count(), (8, 5));
         let call = call.close();
         assert_eq!(call.first_key(), "seatlock:{e:7}:counts");
-        let keys: Vec<Bytes> = call.keys();
-        assert_eq!(keys[5..], ["seatlock:{e:7}:holders", "a", "bc"]);
-        let args: Vec<Bytes> = call.args();
-        assert_eq!(args, ["seatlock:{e:7}:changes", "", "12", "d", "ef"]);
+        let words: Vec<&str> = call.words().collect();
+        assert_eq!(words[5..8], ["seatlock:{e:7}:holders", "a", "bc"]);
+        assert_eq!(words[8..], ["seatlock:{e:7}:changes", "", "12", "d", "ef"]);
         assert_eq!(Call::new().close().first_key(), "");
     }
 }

@@ -7,7 +7,11 @@
 //! A cluster is a [`Link`] for each master and a table of slots, not the client's own cluster mode: that one connects
 //! all nodes or none, so one dead master stops the calls to the living ones until its replica is promoted.
 
+mod address;
+mod bounded;
+mod client;
 mod cluster;
+mod connection;
 mod link;
 mod sentinel;
 
@@ -17,21 +21,15 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use fred::clients::Client;
-use fred::error::Error;
-use fred::interfaces::{EventInterface, LuaInterface, PubsubInterface};
-use fred::rustls::pki_types::{CertificateDer, pem::PemObject};
-use fred::rustls::{ClientConfig, RootCertStore};
-use fred::types::config::{Config, Server, ServerConfig};
-use fred::types::{ClusterHash, CustomCommand, Key, RespVersion, Value};
-use tokio::sync::broadcast::{self, error::TryRecvError};
+use redis::{Cmd, Value, from_redis_value};
 use tokio::sync::{Notify, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
+use self::address::{Address, Place};
 use self::cluster::Route;
+use self::connection::{Failure, command};
 use self::link::Link;
-use self::sentinel::Sentinels;
-use super::call::Call;
+use super::call::{Call, ClosedCall};
 use super::redis::{RedisClock, RedisSettingError};
 use super::script::{Script, SteppedScripts};
 use super::{LedgerError, key};
@@ -68,7 +66,7 @@ pub(super) struct DriverOptions {
 
 /// Commands, scripts and subscriptions, each on the server that it belongs to.
 pub(super) struct Driver {
-    config: Config,
+    address: Arc<Address>,
     timeout: Duration,
     /// The scripts' texts on [`RedisClock::Stepped`].
     stepped: Option<SteppedScripts>,
@@ -91,12 +89,23 @@ pub(super) struct Driver {
 pub(super) struct Witness {
     link: Arc<Link>,
     key: String,
-    reconnects: broadcast::Receiver<Server>,
+    connection: u64,
+}
+
+/// See [`super::fuzzing::streams`].
+#[cfg(any(test, feature = "fuzzing"))]
+pub(super) fn measure(data: &[u8], length: usize) {
+    let whole = bounded::Measure::default().pass(data);
+    let mut pieces = bounded::Measure::default();
+    assert_eq!(data.chunks(length).try_for_each(|piece| pieces.pass(piece)), whole, "the pieces make a difference");
+    if whole.is_ok() {
+        drop(redis::parse_redis_value(data));
+    }
 }
 
 /// The lower-case hexadecimal SHA-1 of a text.
 pub(super) fn sha1(text: &str) -> String {
-    fred::util::sha1_hash(text)
+    redis::Script::new(text).get_hash().to_owned()
 }
 
 impl Driver {
@@ -106,11 +115,7 @@ impl Driver {
     /// # Errors
     /// When the URL is not one, or the file of the CA cannot be used.
     pub(super) fn connect(options: DriverOptions) -> Result<(Arc<Self>, mpsc::Receiver<Delivery>), RedisSettingError> {
-        // `unix:/path` is what operators write; the client's own scheme is longer.
-        let url = match options.url.strip_prefix("unix:") {
-            Some(path) => format!("redis+unix://{path}"),
-            None => options.url,
-        };
+        let address = Arc::new(Address::read(&options.url, options.ca_file)?);
         let stepped = match options.clock {
             RedisClock::Server => None,
             RedisClock::Stepped { scripts } => {
@@ -118,23 +123,13 @@ impl Driver {
                 Some(SteppedScripts::read(scripts).map_err(unread)?)
             }
         };
-        let mut config = Config::from_url(&url).map_err(|_| RedisSettingError::Url)?;
-        config.version = RespVersion::RESP3;
-        if let Some(file) = options.ca_file {
-            let tls = trusting(&file).map_err(|why| RedisSettingError::CaFile { file, why })?;
-            config.tls = Some(tls.into());
-        }
-        let seeds = match &config.server {
-            ServerConfig::Clustered { hosts, .. } => Some(hosts.clone()),
-            ServerConfig::Centralized { .. } | ServerConfig::Sentinel { .. } | ServerConfig::Unix { .. } => None,
-        };
         let (deliveries, receiver) = mpsc::channel(16_384);
         let driver = Arc::new(Self {
-            config,
+            address: Arc::clone(&address),
             timeout: options.timeout,
             stepped,
             probe: options.probe,
-            clustered: seeds.is_some(),
+            clustered: matches!(address.place, Place::Cluster(_)),
             route: watch::Sender::new(Arc::default()),
             doubt: Notify::new(),
             connections: AtomicU64::new(0),
@@ -142,13 +137,13 @@ impl Driver {
             deliveries,
             stop: CancellationToken::new(),
         });
-        if let Some(seeds) = seeds {
-            tokio::spawn(cluster::follow(Arc::clone(&driver), seeds));
+        if let Place::Cluster(seeds) = &address.place {
+            tokio::spawn(cluster::follow(Arc::clone(&driver), seeds.clone()));
         } else {
-            let link = Link::start(&driver, None).map_err(|_| RedisSettingError::Url)?;
+            let link = Link::start(&driver, None);
             driver.route.send_replace(Arc::new(Route::one(Arc::clone(&link))));
-            if let Some(sentinels) = Sentinels::of(&driver.config) {
-                tokio::spawn(sentinel::follow(Arc::clone(&driver), link, sentinels));
+            if let Place::Sentinel { sentinels, .. } = &address.place {
+                tokio::spawn(sentinel::follow(Arc::clone(&driver), link, sentinels.clone()));
             }
         }
         Ok((driver, receiver))
@@ -162,16 +157,17 @@ impl Driver {
         let started = Instant::now();
         let call = &call.close();
         let span = telemetry::script(script.name);
+        let (text, sha) = match &self.stepped {
+            Some(stepped) => stepped.named(script),
+            None if self.clustered => script.on_cluster(),
+            None => (script.source, script.sha()),
+        };
+        let command = &evaluation("EVALSHA", sha, call);
         let answer = self
-            .call(script.name, call.first_key(), |client| async move {
-                let (text, sha) = match &self.stepped {
-                    Some(stepped) => stepped.named(script),
-                    None if self.clustered => script.on_cluster(),
-                    None => (script.source, script.sha()),
-                };
-                match client.evalsha(sha, call.keys::<Key>(), call.args::<Value>()).await {
-                    Err(error) if error.details().starts_with("NOSCRIPT") => {
-                        Box::pin(client.eval(text, call.keys::<Key>(), call.args::<Value>())).await
+            .call(script.name, call.first_key(), |link| async move {
+                match link.commands.ask(command).await {
+                    Err(Failure::Refused(words)) if words.starts_with("NOSCRIPT") => {
+                        link.commands.ask(&evaluation("EVAL", text, call)).await
                     }
                     answer => answer,
                 }
@@ -203,22 +199,20 @@ impl Driver {
 
     async fn members(&self, key: &str, limit: usize, order: Option<&str>) -> Result<Vec<String>, LedgerError> {
         let last = limit.saturating_sub(1).to_string();
-        let args: Vec<_> = [key, "0", &last].into_iter().chain(order).map(str::to_owned).collect();
-        let reply = self.call("members", key, |client| custom(client, "ZRANGE", args.clone())).await?;
-        reply.convert().map_err(|error| LedgerError::Protocol { script: "members", reply: error.details().to_owned() })
+        let args: Vec<_> = [key, "0", &last].into_iter().chain(order).collect();
+        read("members", self.ask("members", key, &command("ZRANGE", &args)).await?)
     }
 
     /// The fields of a hash; none when there is no such key.
     pub(super) async fn fields(&self, key: &str) -> Result<Vec<String>, LedgerError> {
-        let reply = self.call("fields", key, |client| custom(client, "HKEYS", vec![key.to_owned()])).await?;
-        reply.convert().map_err(|error| LedgerError::Protocol { script: "fields", reply: error.details().to_owned() })
+        read("fields", self.ask("fields", key, &command("HKEYS", &[key])).await?)
     }
 
     /// Remembers the connection of a key, to be taken before something is written that [`Self::replicated`] waits for.
     pub(super) async fn witness(&self, key: &str) -> Result<Witness, LedgerError> {
         let link = self.link(key).await?;
-        let reconnects = link.commands.reconnect_rx();
-        Ok(Witness { link, key: key.to_owned(), reconnects })
+        let connection = link.commands.connected().await.map_err(|failure| link.error("wait", &failure))?;
+        Ok(Witness { link, key: key.to_owned(), connection })
     }
 
     /// Waits until so many Redis replicas have everything that was written about the witness's key, at most `within`;
@@ -228,20 +222,20 @@ impl Driver {
     /// it would count at once. So a connection that is not the witness's any more is an error.
     pub(super) async fn replicated(
         &self,
-        mut witness: Witness,
+        witness: Witness,
         replicas: u32,
         within: Duration,
     ) -> Result<u32, LedgerError> {
         let answer = witness.link.wait(replicas, within).await;
         let reply = witness.link.judge(self, "wait", answer)?;
-        let same = witness.reconnects.try_recv() == Err(TryRecvError::Empty)
+        let same = witness.link.commands.number() == Some(witness.connection)
             && self.route.borrow().link(&witness.key).is_some_and(|link| Arc::ptr_eq(link, &witness.link));
         if !same {
             return Err(LedgerError::Disconnected(
                 "the connection changed before Redis replicas had the lock".to_owned(),
             ));
         }
-        reply.convert().map_err(|error| LedgerError::Protocol { script: "wait", reply: error.details().to_owned() })
+        read("wait", reply)
     }
 
     /// Connections for commands made so far: after a new one, Redis may be another one or have lost something.
@@ -251,17 +245,12 @@ impl Driver {
 
     /// Tells a channel that is not an event's.
     pub(super) async fn publish(&self, channel: &str, text: &str) -> Result<(), LedgerError> {
-        self.call("publish", channel, |client| {
-            let (channel, text) = (channel.to_owned(), text.to_owned());
-            async move { client.publish(channel, text).await }
-        })
-        .await
-        .map(drop)
+        self.ask("publish", channel, &command("PUBLISH", &[channel, text])).await.map(drop)
     }
 
     /// One round trip to the server that has a key.
     pub(super) async fn ping(&self, key: &str) -> Result<(), LedgerError> {
-        self.call("ping", key, |client| custom(client, "PING", Vec::new())).await.map(drop)
+        self.ask("ping", key, &command("PING", &[])).await.map(drop)
     }
 
     /// Starts to receive a channel; returns when Redis has said so.
@@ -271,8 +260,8 @@ impl Driver {
             let mut route = self.route.subscribe();
             let link = self.link(&channel).await?;
             match link.subscribe(self, std::slice::from_ref(&channel)).await {
-                Err(error) if has_moved(&error) => self.rerouted(&mut route).await,
-                answer => return answer.map_err(|error| link.error("subscribe", &error)),
+                Err(failure) if has_moved(&failure) => self.rerouted(&mut route).await,
+                answer => return answer.map_err(|failure| link.error("subscribe", &failure)),
             }
         }
         Err(moving())
@@ -287,7 +276,7 @@ impl Driver {
     pub(super) async fn unsubscribe(&self, channel: String) -> Result<(), LedgerError> {
         self.channels().remove(&channel);
         let link = self.link(&channel).await?;
-        link.unsubscribe(self, channel).await.map_err(|error| link.error("unsubscribe", &error))
+        link.unsubscribe(self, &channel).await.map_err(|failure| link.error("unsubscribe", &failure))
     }
 
     /// Ends all connections; pending calls fail.
@@ -298,22 +287,27 @@ impl Driver {
         }
     }
 
+    /// One command to the server that has a key.
+    async fn ask(&self, name: &'static str, key: &str, command: &Cmd) -> Result<Reply, LedgerError> {
+        self.call(name, key, |link| async move { link.commands.ask(command).await }).await
+    }
+
     /// Runs a call on the server that has a key. A server that says the key is elsewhere has done nothing, so another
     /// one is asked.
     async fn call<F>(
         &self,
         name: &'static str,
         key: &str,
-        call: impl Fn(Client) -> F + Send,
+        call: impl Fn(Arc<Link>) -> F + Send,
     ) -> Result<Reply, LedgerError>
     where
-        F: Future<Output = Result<Reply, Error>> + Send,
+        F: Future<Output = Result<Reply, Failure>> + Send,
     {
         for _ in 0..MOVES_MAX {
             let mut route = self.route.subscribe();
             let link = self.link(key).await?;
-            match call(link.commands.clone()).await {
-                Err(error) if has_moved(&error) => self.rerouted(&mut route).await,
+            match call(Arc::clone(&link)).await {
+                Err(failure) if has_moved(&failure) => self.rerouted(&mut route).await,
                 answer => return link.judge(self, name, answer),
             }
         }
@@ -349,35 +343,32 @@ impl Driver {
     }
 }
 
-/// A command that the client has no name for, or a needlessly clever one.
-async fn custom(client: Client, name: &'static str, args: Vec<String>) -> Result<Reply, Error> {
-    use fred::interfaces::ClientLike;
-    client.custom(CustomCommand::new_static(name, ClusterHash::FirstKey, false), args).await
+/// A call of a script, by its SHA or its text.
+fn evaluation(name: &str, script: &str, call: &ClosedCall) -> Cmd {
+    let (keys, args) = call.count();
+    let mut command = Cmd::with_capacity(keys + args + 3, call.len() + script.len() + 16);
+    command.arg(name).arg(script).arg(keys);
+    for word in call.words() {
+        command.arg(word);
+    }
+    command
+}
+
+fn read<T: redis::FromRedisValue>(script: &'static str, reply: Reply) -> Result<T, LedgerError> {
+    from_redis_value(reply).map_err(|error| LedgerError::Protocol { script, reply: error.to_string() })
 }
 
 /// What a script's reply begins with; "" when it is none of ours.
 fn word(reply: &Reply) -> &str {
     let Value::Array(parts) = reply else { return "" };
-    if let Some(Value::String(word)) = parts.first() { word } else { "" }
+    let Some(Value::BulkString(word)) = parts.first() else { return "" };
+    std::str::from_utf8(word).unwrap_or_default()
 }
 
-fn has_moved(error: &Error) -> bool {
-    error.details().starts_with("MOVED ")
+fn has_moved(failure: &Failure) -> bool {
+    failure.text().starts_with("MOVED ")
 }
 
 fn moving() -> LedgerError {
     LedgerError::Disconnected("the key's slot is moving".to_owned())
-}
-
-/// TLS that trusts exactly the certificates in a PEM file.
-fn trusting(file: &std::path::Path) -> Result<fred::types::config::TlsConnector, String> {
-    let mut roots = RootCertStore::empty();
-    for certificate in CertificateDer::pem_file_iter(file).map_err(|error| error.to_string())? {
-        let certificate = certificate.map_err(|error| error.to_string())?;
-        roots.add(certificate).map_err(|error| error.to_string())?;
-    }
-    if roots.is_empty() {
-        return Err("no certificate in it".to_owned());
-    }
-    Ok(ClientConfig::builder().with_root_certificates(roots).with_no_client_auth().into())
 }

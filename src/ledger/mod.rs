@@ -30,12 +30,12 @@ use crate::domain::{
     RestoreOutcome, RestoreRequest, SessionId, Snapshot, SnapshotNumber, UserId, ValidateOutcome, ValidateRequest,
 };
 
+pub use self::redis::{RedisClock, RedisLedger, RedisOptions, RedisSettingError};
 pub use crate::domain::{Change, ChangeKind, Notice};
 pub use error::{ErrorKind, LedgerError};
 pub use memory::{Clock, MemoryLedger};
 pub use notice::{FeedItem, Topic};
 pub use notice::{read_change, read_personal, write_personal};
-pub use redis::{RedisClock, RedisLedger, RedisOptions, RedisSettingError};
 pub use script::{Arity, Script};
 pub use sweep::Sweeper;
 

@@ -1,6 +1,7 @@
 //! Reads what scripts answer. A reply is a list that begins with a word; an unknown word or a missing part is a protocol
 //! error, never a guess.
 
+use std::borrow::Cow;
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -26,10 +27,7 @@ pub(super) struct Parts {
 impl Parts {
     /// Splits a reply into its word and the rest.
     pub(super) fn new(script: &'static Script, reply: Reply) -> Result<Self, LedgerError> {
-        if !reply.is_array() {
-            return Err(Self::of(script.name, vec![reply]).unexpected());
-        }
-        let whole = reply.into_array();
+        let Reply::Array(whole) = reply else { return Err(Self::of(script.name, vec![reply]).unexpected()) };
         let mut parts = Self::of(script.name, whole);
         parts.word = parts.text()?;
         Ok(parts)
@@ -61,18 +59,13 @@ impl Parts {
     }
 
     pub(super) fn text(&mut self) -> Result<String, LedgerError> {
-        self.next()?.as_string().ok_or_else(|| self.unexpected())
+        let text = text(self.next()?).map(Cow::into_owned);
+        text.ok_or_else(|| self.unexpected())
     }
 
     /// A part that reads as `T`: numbers, ids.
     pub(super) fn read<T: FromStr>(&mut self) -> Result<T, LedgerError> {
-        // Most are texts already, and read where they are.
-        let part = self.next()?;
-        let read = if let Reply::String(text) = part {
-            text.parse().ok()
-        } else {
-            part.as_string().and_then(|text| text.parse().ok())
-        };
+        let read = text(self.next()?).and_then(|text| text.parse().ok());
         read.ok_or_else(|| self.unexpected())
     }
 
@@ -104,6 +97,17 @@ impl Parts {
             texts.push(self.text()?);
         }
         Ok(texts)
+    }
+}
+
+/// A part as text; `None` when it is none.
+#[expect(clippy::wildcard_enum_match_arm, reason = "the client's enum grows, and scripts answer with nothing else")]
+fn text(part: &Reply) -> Option<Cow<'_, str>> {
+    match part {
+        Reply::BulkString(bytes) => std::str::from_utf8(bytes).ok().map(Cow::Borrowed),
+        Reply::SimpleString(text) => Some(Cow::Borrowed(text)),
+        Reply::Int(number) => Some(Cow::Owned(number.to_string())),
+        _ => None,
     }
 }
 

@@ -4,22 +4,33 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use fred::clients::Client;
-use fred::error::Error;
-use fred::interfaces::{ClientLike, ClusterInterface};
-use fred::types::Value;
-use fred::types::cluster::ClusterRouting;
-use fred::types::config::Server;
+use redis::{Value, from_redis_value_ref};
 
 use super::Driver;
-use super::link::{self, Link};
+use super::address::Server;
+use super::connection::{Connection, Failure, command};
+use super::link::Link;
 
 /// How often the cluster is looked at, and how soon again when something is wrong with what was seen.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
 
+/// How many slots a cluster has.
+const SLOTS: u16 = 16_384;
+
 /// A slot that nobody has.
 const NOBODY: u16 = u16::MAX;
+
+/// The slots from the first to the last, and their master.
+type Range = (u16, u16, Server);
+
+/// The slot of a key: of what is in its first braces, where that is something. From the cluster's specification,
+/// <https://redis.io/docs/latest/operate/oss_and_stack/reference/cluster-spec/>.
+fn slot(key: &str) -> u16 {
+    let tag = key.split_once('{').and_then(|(_, rest)| rest.split_once('}')).map(|(tag, _)| tag);
+    let hashed = tag.filter(|tag| !tag.is_empty()).unwrap_or(key);
+    crc16::State::<crc16::XMODEM>::calculate(hashed.as_bytes()) % SLOTS
+}
 
 /// Which server has which key.
 #[derive(Default)]
@@ -41,7 +52,7 @@ impl Route {
         if self.slots.is_empty() {
             return self.links.first();
         }
-        let slot = usize::from(ClusterRouting::hash_key(key.as_bytes()));
+        let slot = usize::from(slot(key));
         self.slots.get(slot).and_then(|index| self.links.get(usize::from(*index)))
     }
 
@@ -50,12 +61,12 @@ impl Route {
     }
 
     /// For each slot the index of its master among `masters`.
-    fn table(seen: &ClusterRouting, masters: &[Server]) -> Vec<u16> {
-        let mut slots = vec![NOBODY; 16_384];
-        for range in seen.slots() {
-            let index = masters.iter().position(|server| *server == range.primary);
+    fn table(seen: &[Range], masters: &[Server]) -> Vec<u16> {
+        let mut slots = vec![NOBODY; usize::from(SLOTS)];
+        for (first, last, master) in seen {
+            let index = masters.iter().position(|server| server == master);
             let index = index.and_then(|index| u16::try_from(index).ok()).unwrap_or(NOBODY);
-            if let Some(part) = slots.get_mut(usize::from(range.start)..=usize::from(range.end)) {
+            if let Some(part) = slots.get_mut(usize::from(*first)..=usize::from(*last)) {
                 part.fill(index);
             }
         }
@@ -68,7 +79,7 @@ impl Route {
 /// One node is asked again and again. When it fails, or something is in doubt, the next one is: a node that is cut off
 /// from the others goes on to tell what it knew.
 pub(super) async fn follow(driver: Arc<Driver>, seeds: Vec<Server>) {
-    let mut scout: Option<(Server, Client)> = None;
+    let mut scout: Option<Connection> = None;
     let mut turn = 0;
     let mut complained = false;
     loop {
@@ -77,7 +88,7 @@ pub(super) async fn follow(driver: Arc<Driver>, seeds: Vec<Server>) {
             scout = connect(&driver, &nodes[turn % nodes.len()]).await;
         }
         let seen = match &scout {
-            Some((server, client)) => look(server, client).await.ok(),
+            Some(connection) => look(connection).await.ok(),
             None => None,
         };
         let is_good = seen.is_some_and(|seen| adopt(&driver, &seen));
@@ -86,15 +97,12 @@ pub(super) async fn follow(driver: Arc<Driver>, seeds: Vec<Server>) {
         }
         complained = !is_good;
         let is_doubted = tokio::select! {
-            () = driver.stop.cancelled() => {
-                retire(scout);
-                return;
-            }
+            () = driver.stop.cancelled() => return,
             () = driver.doubt.notified() => true,
             () = tokio::time::sleep(if is_good { LOOK_EVERY } else { LOOK_AGAIN }) => !is_good,
         };
         if is_doubted {
-            retire(scout.take());
+            scout = None;
             turn += 1;
             tokio::time::sleep(LOOK_AGAIN).await;
         } else {
@@ -111,33 +119,46 @@ fn candidates(driver: &Driver, seeds: &[Server]) -> Vec<Server> {
     links.into_iter().filter_map(|link| link.server.clone()).chain(seeds.iter().cloned()).collect()
 }
 
-async fn connect(driver: &Driver, server: &Server) -> Option<(Server, Client)> {
-    let builder = link::builder(&driver.config, Some(server), Duration::from_secs(1));
-    let client = builder.build().ok()?;
-    match client.init().await {
-        Ok(_) => Some((server.clone(), client)),
-        Err(error) => {
-            tracing::debug!(%server, error = %error.details(), "this node cannot be asked for the cluster's slots");
+async fn connect(driver: &Driver, server: &Server) -> Option<Connection> {
+    match Connection::to(&driver.address, server, &driver.address.login, None).await {
+        Ok(connection) => Some(connection),
+        Err(failure) => {
+            tracing::debug!(%server, error = failure.text(), "this node cannot be asked for the cluster's slots");
             None
         }
     }
 }
 
-async fn look(server: &Server, client: &Client) -> Result<ClusterRouting, Error> {
-    let reply: Value = client.cluster_slots().await?;
-    ClusterRouting::from_cluster_slots(reply, server.host.clone())
+async fn look(connection: &Connection) -> Result<Vec<Range>, Failure> {
+    let reply = connection.ask(&command("CLUSTER", &["SLOTS"])).await?;
+    let asked = connection.server.as_ref().map_or("", |server| &server.host);
+    ranges(&reply, asked).ok_or_else(|| Failure::Lost("the node does not tell the cluster's slots".to_owned()))
 }
 
-fn retire(scout: Option<(Server, Client)>) {
-    if let Some((_, client)) = scout {
-        // Nothing waits for its goodbye.
-        tokio::spawn(async move { client.quit().await.ok() });
-    }
+/// Reads `CLUSTER SLOTS`: for each range its ends and its nodes, the master first, each with host and port. A node that
+/// does not know its own host is the one that was asked.
+fn ranges(reply: &Value, asked: &str) -> Option<Vec<Range>> {
+    let Value::Array(lines) = reply else { return None };
+    let range = |line: &Value| {
+        let Value::Array(parts) = line else { return None };
+        let [first, last, Value::Array(master), ..] = parts.as_slice() else { return None };
+        let [host, port, ..] = master.as_slice() else { return None };
+        let host: Option<String> = from_redis_value_ref(host).ok()?;
+        let host = host.filter(|host| !host.is_empty()).unwrap_or_else(|| asked.to_owned());
+        let number = |part: &Value| from_redis_value_ref::<u16>(part).ok();
+        Some((number(first)?, number(last)?, Server { host, port: number(port)? }))
+    };
+    // A master whose name the cluster does not know yet is written "?".
+    let known = |range: &Range| range.2.host != "?";
+    let ranges: Option<Vec<Range>> = lines.iter().map(range).collect();
+    Some(ranges?.into_iter().filter(known).collect())
 }
 
-/// Takes over what was seen. False when it cannot be the whole truth: no master at all, or a client that does not start.
-fn adopt(driver: &Arc<Driver>, seen: &ClusterRouting) -> bool {
-    let masters = seen.unique_primary_nodes();
+/// Takes over what was seen. False when it cannot be the whole truth: no master at all.
+fn adopt(driver: &Arc<Driver>, seen: &[Range]) -> bool {
+    let mut masters: Vec<Server> = seen.iter().map(|(_, _, master)| master.clone()).collect();
+    masters.sort();
+    masters.dedup();
     if masters.is_empty() {
         return false;
     }
@@ -146,17 +167,11 @@ fn adopt(driver: &Arc<Driver>, seen: &ClusterRouting) -> bool {
     if old.slots == slots && old.servers().eq(&masters) {
         return true;
     }
-    let mut links = Vec::with_capacity(masters.len());
-    for server in &masters {
+    let link = |server: &Server| {
         let known = old.links.iter().find(|link| link.server.as_ref() == Some(server));
-        match known.map_or_else(|| Link::start(driver, Some(server.clone())), |link| Ok(Arc::clone(link))) {
-            Ok(link) => links.push(link),
-            Err(error) => {
-                tracing::warn!(%server, error = %error.details(), "a master of the Redis cluster cannot be used");
-                return false;
-            }
-        }
-    }
+        known.map_or_else(|| Link::start(driver, Some(server.clone())), Arc::clone)
+    };
+    let links = masters.iter().map(link).collect();
     let names: Vec<String> = masters.iter().map(ToString::to_string).collect();
     tracing::info!(masters = names.join(" "), "the Redis cluster's slots are known anew");
     let new = Arc::new(Route { links, slots });
@@ -168,4 +183,52 @@ fn adopt(driver: &Arc<Driver>, seen: &ClusterRouting) -> bool {
         gone.close();
     }
     true
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The first two are from the specification.
+    #[test]
+    fn a_key_has_the_slot_that_redis_says() {
+        for (key, expected) in [
+            ("123456789", 12_739),
+            ("{user1000}.following", slot("user1000")),
+            ("foo{}{bar}", crc16::State::<crc16::XMODEM>::calculate(b"foo{}{bar}") % SLOTS),
+            ("foo{{bar}}zap", slot("{bar")),
+            ("foo{bar}{zap}", slot("bar")),
+            ("", 0),
+        ] {
+            assert_eq!(slot(key), expected, "{key:?}");
+        }
+    }
+
+    #[test]
+    fn slots_are_read_as_they_are_told() {
+        let text = |text: &str| Value::BulkString(text.as_bytes().to_vec());
+        let node = |host: Value, port: i64| Value::Array(vec![host, Value::Int(port), text("id")]);
+        let range = |first, last, nodes: Vec<Value>| {
+            Value::Array([Value::Int(first), Value::Int(last)].into_iter().chain(nodes).collect())
+        };
+        let reply = Value::Array(vec![
+            range(0, 5, vec![node(text("a"), 1), node(text("b"), 2)]),
+            range(6, 9, vec![node(Value::Nil, 3)]),
+            range(10, 11, vec![node(text("?"), 4)]),
+        ]);
+        let server = |host: &str, port| Server { host: host.to_owned(), port };
+        let expected = vec![(0, 5, server("a", 1)), (6, 9, server("asked", 3))];
+        assert_eq!(ranges(&reply, "asked"), Some(expected.clone()));
+        let slots = Route::table(&expected, &[server("asked", 3), server("a", 1)]);
+        assert_eq!(slots[..12], [1, 1, 1, 1, 1, 1, 0, 0, 0, 0, NOBODY, NOBODY]);
+        for wrong in [Value::Nil, Value::Array(vec![Value::Int(1)]), Value::Array(vec![range(0, 70_000, vec![])])] {
+            assert_eq!(ranges(&wrong, "asked"), None, "{wrong:?}");
+        }
+        // Ends that are no slots change nothing.
+        assert!(
+            Route::table(&[(9, 3, server("a", 1)), (0, 60_000, server("a", 1))], &[server("a", 1)])
+                .iter()
+                .all(|index| *index == NOBODY)
+        );
+    }
 }

@@ -4,17 +4,15 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use fred::clients::Client;
-use fred::error::{Error, ErrorKind};
-use fred::interfaces::{ClientLike, EventInterface, PubsubInterface};
-use fred::types::Builder;
-use fred::types::config::{Config, ReconnectPolicy, Server, ServerConfig, TcpConfig, UnresponsiveConfig};
 use futures_util::future::try_join_all;
-use tokio::sync::broadcast::{self, error::RecvError};
-use tokio::sync::{Notify, oneshot};
+use redis::{PushInfo, PushKind, Value};
+use tokio::sync::{Notify, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
-use super::{Delivery, Driver, LedgerError, Reply, custom};
+use super::address::{Address, Place, Server};
+use super::client::{Client, Told};
+use super::connection::{Failure, command};
+use super::{Delivery, Driver, LedgerError, Reply};
 use crate::metrics;
 
 /// Unanswered commands in a row, and for how long, after which a connection that looks up is given up. A busy but
@@ -30,9 +28,6 @@ const SILENT_AT_MOST: Duration = Duration::from_secs(10);
 
 /// Messages of Redis's that may wait for this process to take them: those of a wave of ten thousand deadlines.
 const MESSAGES_MAX: usize = 16_384;
-/// The same of what a client tells of itself, connections lost and made. It keeps several such queues, and their places
-/// are taken from the beginning: 11 MiB of 16,384 each.
-const EVENTS_MAX: usize = 256;
 
 /// How many channels are subscribed at once.
 const PORTION: usize = 500;
@@ -45,7 +40,7 @@ pub(super) struct Link {
     subscriber: Client,
     timeout: Duration,
     /// Whether the connection for commands stands.
-    pub(super) is_up: AtomicBool,
+    pub(super) is_up: Arc<AtomicBool>,
     /// Asks for every channel to be subscribed again.
     pub(super) renew: Notify,
     started: Instant,
@@ -61,106 +56,78 @@ pub(super) struct Link {
 #[derive(Default)]
 struct Waits {
     is_running: bool,
-    next: Vec<oneshot::Sender<Result<Reply, Error>>>,
+    next: Vec<oneshot::Sender<Result<Reply, Failure>>>,
 }
 
-/// The builder of clients for one server: `None` is the one that the URL names.
-pub(super) fn builder(config: &Config, server: Option<&Server>, timeout: Duration) -> Builder {
-    let mut config = config.clone();
-    if let Some(server) = server {
-        config.server = ServerConfig::Centralized { server: server.clone() };
-    }
-    let mut builder = Builder::from_config(config);
-    builder.with_performance_config(|performance| {
-        performance.default_command_timeout = timeout;
-        performance.broadcast_channel_capacity = EVENTS_MAX;
-    });
-    builder.with_connection_config(|connection| {
-        connection.connection_timeout = Duration::from_secs(1);
-        connection.internal_command_timeout = Duration::from_secs(1);
-        // A replayed script may run twice; who asked decides whether to ask again.
-        connection.max_command_attempts = 1;
-        connection.max_command_buffer_len = 10_000;
-        connection.unresponsive =
-            UnresponsiveConfig { max_timeout: Some(DEAF_AFTER), interval: Duration::from_millis(250) };
-        connection.tcp =
-            TcpConfig { nodelay: Some(true), user_timeout: Some(Duration::from_secs(3)), ..TcpConfig::default() };
-    });
-    builder
+/// A message of a channel.
+struct Message {
+    channel: String,
+    text: String,
 }
 
 impl Link {
     /// Connects in the background.
-    pub(super) fn start(driver: &Arc<Driver>, server: Option<Server>) -> Result<Arc<Self>, Error> {
-        let mut builder = builder(&driver.config, server.as_ref(), driver.timeout);
-        builder.set_policy(ReconnectPolicy::new_exponential(0, 50, 500, 2));
-        let commands = builder.build()?;
-        builder.with_performance_config(|performance| performance.broadcast_channel_capacity = MESSAGES_MAX);
+    pub(super) fn start(driver: &Arc<Driver>, server: Option<Server>) -> Arc<Self> {
+        let address = match &server {
+            Some(server) => Arc::new(Address { place: Place::Server(server.clone()), ..(*driver.address).clone() }),
+            None => Arc::clone(&driver.address),
+        };
+        let stop = driver.stop.child_token();
+        let is_up = Arc::new(AtomicBool::new(false));
+        let told = connection_log(Arc::clone(driver), Arc::clone(&is_up));
+        let commands = Client::start(Arc::clone(&address), driver.timeout, None, told, stop.clone());
+        let (sender, messages) = mpsc::channel(MESSAGES_MAX);
+        let lost = Arc::new(AtomicU64::new(0));
+        let pushed = hand_on(sender, Arc::clone(&lost));
+        let subscriber = Client::start(address, driver.timeout, Some(Arc::new(pushed)), |_| {}, stop.clone());
         let link = Arc::new(Self {
             server,
             commands,
-            subscriber: builder.build()?,
+            subscriber,
             timeout: driver.timeout,
-            is_up: AtomicBool::new(false),
+            is_up,
             renew: Notify::new(),
             started: Instant::now(),
             answered_ms: AtomicU64::new(0),
             unanswered: AtomicU32::new(0),
             waits: Mutex::default(),
-            stop: driver.stop.child_token(),
+            stop,
         });
-        // Listened to before it connects, so that no connection goes uncounted.
-        let (lost, back) = (link.commands.error_rx(), link.commands.reconnect_rx());
-        tokio::spawn(watch_connection(Arc::clone(driver), Arc::clone(&link), lost, back));
-        // The join handles end with the clients, in `close`.
-        drop(link.commands.connect());
-        tokio::spawn(deliver(Arc::clone(driver), Arc::clone(&link)));
-        Ok(link)
+        tokio::spawn(deliver(Arc::clone(driver), Arc::clone(&link), messages, lost));
+        link
     }
 
     /// Ends both connections; pending calls fail.
     pub(super) fn close(&self) {
         self.stop.cancel();
-        let (commands, subscriber) = (self.commands.clone(), self.subscriber.clone());
-        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
-            runtime.spawn(async move {
-                // Nothing waits for these answers: the process or the test ends, or the server has gone.
-                commands.quit().await.ok();
-                subscriber.quit().await.ok();
-            });
-        }
     }
 
     /// Gives both connections up for new ones.
     pub(super) fn reconnect(&self) {
-        reconnect(&self.commands);
-        reconnect(&self.subscriber);
+        self.commands.reconnect();
+        self.subscriber.reconnect();
     }
 
     /// Starts to receive channels; returns when Redis has said so.
-    pub(super) async fn subscribe(&self, driver: &Driver, channels: &[String]) -> Result<(), Error> {
+    pub(super) async fn subscribe(&self, driver: &Driver, channels: &[String]) -> Result<(), Failure> {
         let (sharded, plain): (Vec<String>, Vec<String>) =
             channels.iter().cloned().partition(|channel| driver.is_sharded(channel));
         if !plain.is_empty() {
-            self.subscriber.subscribe(plain).await?;
-            // The client answers for Redis as soon as it has sent this command; behind it, Redis speaks for itself.
-            custom(self.subscriber.clone(), "PING", Vec::new()).await?;
+            self.subscriber.subscribe(&plain).await?;
         }
         // One for each: those of different slots must not share a command, and of several answers the client takes one.
-        try_join_all(sharded.into_iter().map(|channel| self.subscriber.ssubscribe(channel))).await.map(drop)
+        let sharded: Vec<_> = sharded.iter().map(|channel| command("SSUBSCRIBE", &[channel])).collect();
+        try_join_all(sharded.iter().map(|command| self.subscriber.ask(command))).await.map(drop)
     }
 
     /// Stops receiving a channel.
-    pub(super) async fn unsubscribe(&self, driver: &Driver, channel: String) -> Result<(), Error> {
-        if driver.is_sharded(&channel) {
-            self.subscriber.sunsubscribe(channel).await
-        } else {
-            self.subscriber.unsubscribe(channel).await
-        }
+    pub(super) async fn unsubscribe(&self, driver: &Driver, channel: &str) -> Result<(), Failure> {
+        let name = if driver.is_sharded(channel) { "SUNSUBSCRIBE" } else { "UNSUBSCRIBE" };
+        self.subscriber.ask(&command(name, &[channel])).await.map(drop)
     }
 
     /// Waits until so many Redis replicas have everything that was written on this connection before, at most `within`.
-    pub(super) async fn wait(self: &Arc<Self>, replicas: u32, within: Duration) -> Result<Reply, Error> {
+    pub(super) async fn wait(self: &Arc<Self>, replicas: u32, within: Duration) -> Result<Reply, Failure> {
         let (sender, receiver) = oneshot::channel();
         {
             let mut waits = lock(&self.waits);
@@ -171,7 +138,7 @@ impl Link {
                 tokio::spawn(Arc::clone(self).wait_for_all(replicas, within));
             }
         }
-        receiver.await.unwrap_or_else(|_| Err(Error::new(ErrorKind::Canceled, "nobody waits any more")))
+        receiver.await.unwrap_or_else(|_| Err(Failure::Lost("nobody waits any more".to_owned())))
     }
 
     async fn wait_for_all(self: Arc<Self>, replicas: u32, within: Duration) {
@@ -184,8 +151,8 @@ impl Link {
             if waiting.is_empty() {
                 return;
             }
-            let args = vec![replicas.to_string(), within.as_millis().to_string()];
-            let answer = custom(self.commands.clone(), "WAIT", args).await;
+            let command = command("WAIT", &[&replicas.to_string(), &within.as_millis().to_string()]);
+            let answer = self.commands.ask(&command).await;
             for one in waiting {
                 // Fails when whoever asked has lost interest.
                 one.send(answer.clone()).ok();
@@ -198,26 +165,26 @@ impl Link {
         &self,
         driver: &Driver,
         script: &'static str,
-        answer: Result<Reply, Error>,
+        answer: Result<Reply, Failure>,
     ) -> Result<Reply, LedgerError> {
         let now_ms = u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX);
-        let error = match answer {
+        let failure = match answer {
             Ok(reply) => {
                 self.answered_ms.store(now_ms, Ordering::Relaxed);
                 self.unanswered.store(0, Ordering::Relaxed);
                 return Ok(reply);
             }
-            Err(error) => error,
+            Err(failure) => failure,
         };
-        let is_demoted = is_demoted(&error);
-        let error = self.error(script, &error);
+        let is_demoted = is_demoted(failure.text());
+        let error = self.error(script, &failure);
         metrics::LEDGER_ERRORS.count(&[script, error.kind().as_str()]);
         if matches!(error, LedgerError::Timeout(_) | LedgerError::Disconnected(_)) {
             driver.doubt.notify_one();
         }
         if is_demoted {
             tracing::warn!("Redis is a replica now; looking for the master");
-            reconnect(&self.commands);
+            self.commands.reconnect();
         }
         if matches!(error, LedgerError::Timeout(_)) {
             let unanswered = self.unanswered.fetch_add(1, Ordering::Relaxed) + 1;
@@ -226,114 +193,80 @@ impl Link {
                 self.answered_ms.store(now_ms, Ordering::Relaxed);
                 self.unanswered.store(0, Ordering::Relaxed);
                 tracing::warn!(silent_ms = silent, "Redis does not answer; connecting anew");
-                reconnect(&self.commands);
+                self.commands.reconnect();
             }
         }
         Err(error)
     }
 
-    pub(super) fn error(&self, script: &'static str, error: &Error) -> LedgerError {
-        classify(script, self.timeout, error)
+    pub(super) fn error(&self, script: &'static str, failure: &Failure) -> LedgerError {
+        classify(script, self.timeout, failure)
     }
 }
 
-/// Answers of a server that is not, or not yet, or no longer the one to ask. The last two are the client's: a command was on
-/// its way when the connection was given up.
-const NOT_NOW: &[&str] = &[
-    "LOADING",
-    "MASTERDOWN",
-    "CLUSTERDOWN",
-    "MOVED",
-    "ASK",
-    "TRYAGAIN",
-    "UNBLOCKED",
-    "Too many failed write attempts",
-    "Failed to route command",
-];
+/// Answers of a server that is not, or not yet, or no longer the one to ask.
+const NOT_NOW: &[&str] = &["LOADING", "MASTERDOWN", "CLUSTERDOWN", "MOVED", "ASK", "TRYAGAIN", "UNBLOCKED"];
 
 /// A script says so in the middle of its error on Redis 6.
-fn is_demoted(error: &Error) -> bool {
-    error.details().contains("READONLY You can't write")
+fn is_demoted(text: &str) -> bool {
+    text.contains("READONLY You can't write")
 }
 
-fn classify(script: &'static str, timeout: Duration, error: &Error) -> LedgerError {
-    let details = error.details();
-    if is_demoted(error) || NOT_NOW.iter().any(|word| details.starts_with(word)) {
-        return LedgerError::Disconnected(details.to_owned());
-    }
-    match error.kind() {
-        ErrorKind::Timeout => LedgerError::Timeout(timeout),
-        ErrorKind::IO
-        | ErrorKind::Canceled
-        | ErrorKind::Backpressure
-        | ErrorKind::Cluster
-        | ErrorKind::Sentinel
-        | ErrorKind::Routing
-        | ErrorKind::Tls => LedgerError::Disconnected(details.to_owned()),
-        ErrorKind::Config
-        | ErrorKind::Auth
-        | ErrorKind::InvalidCommand
-        | ErrorKind::InvalidArgument
-        | ErrorKind::Url
-        | ErrorKind::Protocol
-        | ErrorKind::Unknown
-        | ErrorKind::Parse
-        | ErrorKind::NotFound => LedgerError::Refused { script, message: details.to_owned() },
+fn classify(script: &'static str, timeout: Duration, failure: &Failure) -> LedgerError {
+    match failure {
+        Failure::Late => LedgerError::Timeout(timeout),
+        Failure::Lost(text) => LedgerError::Disconnected(text.clone()),
+        Failure::Refused(text) if is_demoted(text) || NOT_NOW.iter().any(|word| text.starts_with(word)) => {
+            LedgerError::Disconnected(text.clone())
+        }
+        Failure::Refused(text) => LedgerError::Refused { script, message: text.clone() },
     }
 }
 
-/// Gives a connection up for a new one. In a task of its own, because the client waits until the new one stands.
-fn reconnect(client: &Client) {
-    // One that knows it is down is trying already, and a second request would cut what the first has brought.
-    if !client.is_connected() {
-        return;
-    }
-    let client = client.clone();
-    // Fails only when the client was closed.
-    tokio::spawn(async move { client.force_reconnection().await.ok() });
-}
-
-/// Says when the connection for commands comes and goes, once each.
-async fn watch_connection(
-    driver: Arc<Driver>,
-    link: Arc<Link>,
-    mut lost: broadcast::Receiver<(Error, Option<Server>)>,
-    mut back: broadcast::Receiver<Server>,
-) {
+/// Counts connections for commands, and says when they come and go, once each.
+fn connection_log(driver: Arc<Driver>, is_up: Arc<AtomicBool>) -> impl FnMut(Told<'_>) + Send {
     let mut up = None;
-    loop {
-        let now_up = tokio::select! {
-            () = link.stop.cancelled() => return,
-            error = lost.recv() => match error {
-                Ok((error, _)) => {
-                    if up == Some(true) {
-                        metrics::LEDGER_DISCONNECTS.count(&[]);
-                    }
-                    if up != Some(false) {
-                        tracing::warn!(error = %error.details(), "Redis is not reachable");
-                    }
-                    driver.doubt.notify_one();
-                    false
+    move |told| {
+        match told {
+            Told::Up(server) => {
+                driver.connections.fetch_add(1, Ordering::Relaxed);
+                if up != Some(true) {
+                    tracing::info!(server = server.map(tracing::field::display), "connected to Redis");
                 }
-                Err(RecvError::Lagged(_)) => continue,
-                Err(RecvError::Closed) => return,
-            },
-            server = back.recv() => match server {
-                Ok(server) => {
-                    driver.connections.fetch_add(1, Ordering::Relaxed);
-                    if up != Some(true) {
-                        tracing::info!(server = %server, "connected to Redis");
-                    }
-                    true
+                up = Some(true);
+            }
+            Told::Down(failure) => {
+                if up == Some(true) {
+                    metrics::LEDGER_DISCONNECTS.count(&[]);
                 }
-                Err(RecvError::Lagged(_)) => continue,
-                Err(RecvError::Closed) => return,
-            },
-        };
-        up = Some(now_up);
-        link.is_up.store(now_up, Ordering::Relaxed);
+                if up != Some(false) {
+                    tracing::warn!(error = failure.text(), "Redis is not reachable");
+                }
+                driver.doubt.notify_one();
+                up = Some(false);
+            }
+        }
+        is_up.store(up == Some(true), Ordering::Relaxed);
         let all_up = driver.route.borrow().links.iter().all(|link| link.is_up.load(Ordering::Relaxed));
         metrics::LEDGER_UP.set(&[], if all_up { 1.0 } else { 0.0 });
+    }
+}
+
+/// Takes what Redis sends unasked: messages; what finds no place is counted.
+fn hand_on(messages: mpsc::Sender<Message>, lost: Arc<AtomicU64>) -> impl Fn(PushInfo) -> Result<(), ()> + Send + Sync {
+    move |info| {
+        if !matches!(info.kind, PushKind::Message | PushKind::SMessage) {
+            return Ok(());
+        }
+        let mut texts = info.data.into_iter().map(|part| {
+            let bytes = if let Value::BulkString(bytes) = part { bytes } else { Vec::new() };
+            String::from_utf8(bytes).unwrap_or_default()
+        });
+        let (Some(channel), Some(text)) = (texts.next(), texts.next()) else { return Ok(()) };
+        if messages.try_send(Message { channel, text }).is_err() {
+            lost.fetch_add(1, Ordering::Relaxed);
+        }
+        Ok(())
     }
 }
 
@@ -362,11 +295,9 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// The subscriber's life: connect, subscribe everything wanted after each (re)connection, hand messages on, and connect
 /// anew when the replica's own probe does not come back. Each master of a cluster has a probe of its own.
-async fn deliver(driver: Arc<Driver>, link: Arc<Link>) {
+async fn deliver(driver: Arc<Driver>, link: Arc<Link>, mut messages: mpsc::Receiver<Message>, lost: Arc<AtomicU64>) {
     let client = &link.subscriber;
-    let mut messages = client.message_rx();
-    let mut connected = client.reconnect_rx();
-    drop(client.connect());
+    let mut connections = client.watch();
     let mut tick = tokio::time::interval(PROBE_EVERY);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let probe = link.server.as_ref().map_or(driver.probe.clone(), |server| format!("{}:{server}", driver.probe));
@@ -378,41 +309,40 @@ async fn deliver(driver: Arc<Driver>, link: Arc<Link>) {
     loop {
         tokio::select! {
             () = link.stop.cancelled() => return,
-            message = messages.recv() => match message {
-                Ok(message) => {
-                    *lock(&silence) = Silence::new();
-                    // A slot that has moved may leave a subscription behind.
-                    if *message.channel == *probe {
-                        if let Some(sent) = sent.take() {
-                            metrics::LEDGER_DELIVERY.observe(&[], sent.elapsed());
-                        }
-                    } else if link.has(&driver, &message.channel) {
-                        let text = message.value.into_string().unwrap_or_default();
-                        let delivery = Delivery::Message { channel: message.channel.to_string(), text };
-                        gap |= driver.deliveries.try_send(delivery).is_err();
+            message = messages.recv() => {
+                // Whoever sends is dropped with the client, which is stopped together with this.
+                let Some(message) = message else { return };
+                *lock(&silence) = Silence::new();
+                if message.channel == probe {
+                    if let Some(sent) = sent.take() {
+                        metrics::LEDGER_DELIVERY.observe(&[], sent.elapsed());
                     }
+                } else if link.has(&driver, &message.channel) {
+                    // A slot that has moved may leave a subscription behind.
+                    let delivery = Delivery::Message { channel: message.channel, text: message.text };
+                    gap |= driver.deliveries.try_send(delivery).is_err();
                 }
-                Err(RecvError::Lagged(missed)) => {
+                let missed = lost.swap(0, Ordering::Relaxed);
+                if missed > 0 {
                     metrics::LEDGER_NOTICES_LOST.add(&[], missed);
                     gap = true;
                 }
-                Err(RecvError::Closed) => return,
-            },
-            server = connected.recv() => {
-                if matches!(server, Err(RecvError::Closed)) {
+            }
+            changed = connections.changed() => {
+                if changed.is_err() {
                     return;
                 }
                 sent = None;
-                subscribed = link.resubscribe(&driver, &probe).await;
+                subscribed = connections.borrow_and_update().is_some() && link.resubscribe(&driver, &probe).await;
                 gap = true;
                 *lock(&silence) = Silence::new();
             }
             () = link.renew.notified() => {
-                subscribed = client.is_connected() && link.resubscribe(&driver, &probe).await;
+                subscribed = client.number().is_some() && link.resubscribe(&driver, &probe).await;
                 gap = true;
             }
             _ = tick.tick() => {
-                if !subscribed && client.is_connected() {
+                if !subscribed && client.number().is_some() {
                     subscribed = link.resubscribe(&driver, &probe).await;
                     gap = true;
                     *lock(&silence) = Silence::new();
@@ -421,15 +351,15 @@ async fn deliver(driver: Arc<Driver>, link: Arc<Link>) {
                     metrics::LEDGER_PROBES_LOST.count(&[]);
                     subscribed = false;
                     *lock(&silence) = Silence::new();
-                    reconnect(client);
+                    client.reconnect();
                 }
                 if subscribed {
                     sent.get_or_insert_with(Instant::now);
                 }
                 // In a task of its own: a Redis that does not answer must not keep this loop from delivering.
-                let (commands, probe, silence) = (link.commands.clone(), probe.clone(), Arc::clone(&silence));
+                let (link, publish, silence) = (Arc::clone(&link), command("PUBLISH", &[&probe, ""]), Arc::clone(&silence));
                 tokio::spawn(async move {
-                    if commands.publish::<Reply, _, _>(probe, "").await.is_ok() {
+                    if link.commands.ask(&publish).await.is_ok() {
                         lock(&silence).probed.get_or_insert_with(Instant::now);
                     }
                 });
@@ -453,8 +383,8 @@ impl Link {
         channels.retain(|channel| self.has(driver, channel));
         channels.push(probe.to_owned());
         for portion in channels.chunks(PORTION) {
-            if let Err(error) = self.subscribe(driver, portion).await {
-                tracing::warn!(error = %error.details(), "could not subscribe; will try again");
+            if let Err(failure) = self.subscribe(driver, portion).await {
+                tracing::warn!(error = failure.text(), "could not subscribe; will try again");
                 driver.doubt.notify_one();
                 return false;
             }
@@ -467,7 +397,7 @@ impl Link {
 mod tests {
     use super::*;
 
-    /// Texts that Redis 6.2 and 7.0 say, and the client's own.
+    /// Texts that Redis 6.2 and 7.0 say.
     #[test]
     fn a_server_that_is_not_the_one_to_ask_now_is_no_refusal() {
         let readonly_6 = "ERR Error running script (call to f_0a): @user_script:1: @user_script: 1: -READONLY You can't \
@@ -479,14 +409,13 @@ mod tests {
             "CLUSTERDOWN Hash slot not served",
             "TRYAGAIN Multiple keys request during rehashing of slot",
             "UNBLOCKED force unblock from blocking operation, instance state changed (master -> replica?)",
-            "Failed to route command.",
         ] {
-            let error = classify("lock", Duration::ZERO, &Error::new(ErrorKind::Unknown, text));
+            let error = classify("lock", Duration::ZERO, &Failure::Refused(text.to_owned()));
             assert!(matches!(error, LedgerError::Disconnected(_)), "{error:?}");
         }
         for text in ["OOM command not allowed when used memory > 'maxmemory'.", "NOPERM no permissions", "ERR LOADING"]
         {
-            let error = classify("lock", Duration::ZERO, &Error::new(ErrorKind::Unknown, text));
+            let error = classify("lock", Duration::ZERO, &Failure::Refused(text.to_owned()));
             assert!(matches!(error, LedgerError::Refused { .. }), "{error:?}");
         }
     }

@@ -1,74 +1,98 @@
-//! Sentinel's choice of a master, followed before the old one breaks off.
+//! Sentinel's choice of a master: found when a connection is made, and followed before the old one breaks off.
 //!
-//! The client asks the sentinels when its connection breaks. In a planned failover it does not break: the old master
-//! goes on to take what will be lost, for ten seconds or more, until the sentinels demote it.
+//! In a planned failover the connection does not break: the old master goes on to take what will be lost, for ten
+//! seconds or more, until the sentinels demote it.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use fred::clients::Client;
-use fred::error::Error;
-use fred::interfaces::ClientLike;
-use fred::types::config::{Config, Server, ServerConfig};
-use fred::types::{Builder, RespVersion};
+use redis::{Value, from_redis_value};
 
-use super::link::{self, Link};
-use super::{Driver, custom};
+use super::Driver;
+use super::address::{Address, Login, Place, Server};
+use super::connection::{Connection, Failure, Pushed, command};
+use super::link::Link;
 
 /// How often a sentinel is asked.
 const ASK_EVERY: Duration = Duration::from_secs(1);
 
-/// The sentinels of an address.
-pub(super) struct Sentinels {
-    hosts: Vec<Server>,
-    master: String,
-    config: Config,
+/// Connects to the master that a sentinel names, the first that names a living one. One that was cut off from the
+/// others goes on to tell what it knew.
+pub(super) async fn open(address: &Address, pushed: Option<Pushed>) -> Result<Connection, Failure> {
+    let Place::Sentinel { sentinels, .. } = &address.place else { return Err(no_sentinel()) };
+    let mut last = no_sentinel();
+    // One that is no master, or cannot be reached, is not tried again for the next sentinel.
+    let mut tried: Vec<Server> = Vec::new();
+    for sentinel in sentinels {
+        let named = match connect(address, sentinel).await {
+            Ok(connection) => ask(&connection, address).await,
+            Err(failure) => Err(failure),
+        };
+        match named {
+            Ok(master) if tried.contains(&master) => {}
+            Ok(master) => match join(address, &master, pushed.clone()).await {
+                Ok(connection) => return Ok(connection),
+                Err(failure) => {
+                    tried.push(master);
+                    last = failure;
+                }
+            },
+            Err(failure) => last = failure,
+        }
+    }
+    Err(last)
 }
 
-impl Sentinels {
-    /// `None` when the address is not Sentinel's.
-    pub(super) fn of(config: &Config) -> Option<Self> {
-        let ServerConfig::Sentinel { hosts, service_name, username, password } = &config.server else { return None };
-        let own = Config {
-            username: username.clone(),
-            password: password.clone(),
-            database: None,
-            version: RespVersion::RESP2,
-            ..config.clone()
-        };
-        Some(Self { hosts: hosts.clone(), master: service_name.clone(), config: own })
-    }
+fn no_sentinel() -> Failure {
+    Failure::Lost("no sentinel is known".to_owned())
+}
 
-    fn builder(&self, host: &Server) -> Builder {
-        link::builder(&self.config, Some(host), ASK_EVERY)
-    }
+async fn connect(address: &Address, sentinel: &Server) -> Result<Connection, Failure> {
+    let none = Login::default();
+    let login = if let Place::Sentinel { login, .. } = &address.place { login } else { &none };
+    let own = Address { database: 0, ..address.clone() };
+    Connection::to(&own, sentinel, login, None).await
+}
 
-    async fn ask(&self, client: &Client) -> Result<Server, Error> {
-        let args = vec!["get-master-addr-by-name".to_owned(), self.master.clone()];
-        let (host, port): (String, u16) = custom(client.clone(), "SENTINEL", args).await?.convert()?;
-        Ok(Server::new(host, port))
+async fn ask(connection: &Connection, address: &Address) -> Result<Server, Failure> {
+    let Place::Sentinel { master, .. } = &address.place else { return Err(no_sentinel()) };
+    let reply = connection.ask(&command("SENTINEL", &["get-master-addr-by-name", master])).await?;
+    let (host, port) = from_redis_value(reply)
+        .map_err(|_| Failure::Lost(format!("the sentinel knows no master of the name {master}")))?;
+    Ok(Server { host, port })
+}
+
+/// Connects to a server if it is the master that it was said to be.
+async fn join(address: &Address, server: &Server, pushed: Option<Pushed>) -> Result<Connection, Failure> {
+    let connection = Connection::to(address, server, &address.login, pushed).await?;
+    let role = connection.ask(&command("ROLE", &[])).await?;
+    if let Value::Array(parts) = role
+        && parts.first() == Some(&Value::BulkString(b"master".to_vec()))
+    {
+        return Ok(connection);
     }
+    Err(Failure::Lost(format!("{server} is no master")))
 }
 
 /// Connects anew when a sentinel names another master than the one that is connected, until the driver ends.
-pub(super) async fn follow(driver: Arc<Driver>, link: Arc<Link>, sentinels: Sentinels) {
-    let mut client: Option<Client> = None;
+pub(super) async fn follow(driver: Arc<Driver>, link: Arc<Link>, sentinels: Vec<Server>) {
+    let mut connection: Option<Connection> = None;
     let mut turn = 0;
     // Sentinels may know a master by several names: each is a reason only once.
     let mut followed: Option<Server> = None;
     loop {
-        if client.is_none() {
-            let host = &sentinels.hosts[turn % sentinels.hosts.len()];
-            client = connect(&sentinels.builder(host)).await;
+        if connection.is_none()
+            && let Some(sentinel) = sentinels.get(turn % sentinels.len())
+        {
+            connection = connect(&driver.address, sentinel).await.ok();
         }
-        let named = match &client {
-            Some(client) => sentinels.ask(client).await.ok(),
+        let named = match &connection {
+            Some(connection) => ask(connection, &driver.address).await.ok(),
             None => None,
         };
         if let Some(master) = named {
-            let is_connected = link.commands.active_connections().contains(&master);
-            if is_connected {
+            if link.commands.server().as_ref() == Some(&master) {
                 followed = None;
             } else if link.is_up.load(Ordering::Relaxed) && followed.as_ref() != Some(&master) {
                 tracing::info!(%master, "Sentinel names another master; connecting anew");
@@ -78,22 +102,11 @@ pub(super) async fn follow(driver: Arc<Driver>, link: Arc<Link>, sentinels: Sent
         } else {
             // Another one next time.
             turn += 1;
-            if let Some(client) = client.take() {
-                client.quit().await.ok();
-            }
+            connection = None;
         }
         tokio::select! {
-            () = driver.stop.cancelled() => break,
+            () = driver.stop.cancelled() => return,
             () = tokio::time::sleep(ASK_EVERY) => {}
         }
     }
-    if let Some(client) = client {
-        client.quit().await.ok();
-    }
-}
-
-async fn connect(builder: &Builder) -> Option<Client> {
-    let client = builder.build().ok()?;
-    client.init().await.ok()?;
-    Some(client)
 }

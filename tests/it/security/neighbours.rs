@@ -79,8 +79,7 @@ async fn besieged(house: &House, evil: Evil) -> Value {
     answer
 }
 
-/// What answers in place of Redis is never believed: requests are `unavailable` in time. (How long and how deep a reply
-/// may be, its driver does not limit: `docs/security.md`, "What is trusted".)
+/// What answers in place of Redis is never believed: requests are `unavailable` in time.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_redis_that_talks_nonsense() {
     for evil in [
@@ -88,6 +87,21 @@ async fn a_redis_that_talks_nonsense() {
         evil("Redis: yes to everything", b"", b"+OK\r\n", 1 << 20),
         evil("Redis: errors", b"", b"-ERR no\r\n", 1 << 20),
         evil("Redis: a length that is none", b"", b"$-7\r\n*x\r\n", 1 << 20),
+        evil("Redis: lists in lists", b"", b"*1\r\n", HUGE),
+        evil("Redis: lists in lists, once greeted", b"%1\r\n+server\r\n+redis\r\n", b"*1\r\n", HUGE),
+        evil("Redis: a list without end", b"%1\r\n+server\r\n+redis\r\n*2147483647\r\n", b":1\r\n", HUGE),
+        evil("Redis: a map without end", b"%4611686018427387904\r\n", b":1\r\n", HUGE),
+        evil("Redis: a text without end", b"%1\r\n+server\r\n+redis\r\n$9223372036854775807\r\n", b"xxxx", HUGE),
+        evil("Redis: a text as long as it may be", b"$16777216\r\n", b"xxxxxxxxxxxxxxxx", HUGE),
+        evil("Redis: a line without end", b"%1\r\n+server\r\n+redis\r\n+", b"xxxxxxxxxxxxxxxx", HUGE),
+        evil("Redis: lists of lists", b"*499999\r\n", b"*0\r\n", HUGE),
+        evil(
+            "Redis: messages that nobody asked for",
+            b"%1\r\n+server\r\n+redis\r\n",
+            b">3\r\n$7\r\nmessage\r\n$1\r\nc\r\n$1\r\nt\r\n",
+            HUGE,
+        ),
+        evil("Redis: answers that nobody asked for", b"%1\r\n+server\r\n+redis\r\n", b"*2\r\n$2\r\nok\r\n:1\r\n", HUGE),
     ] {
         let address = start(evil);
         let house = House::start(&[("SEATLOCK_REDIS_URL", &format!("redis://{address}"))]);
