@@ -183,7 +183,9 @@ metrics! {
     counter GATEWAY_FULL = "seatlock_gateway_send_waits_total";
     /// Messages that a socket did not get because its send buffer was full, by kind.
     counter GATEWAY_DROPPED = "seatlock_gateway_messages_dropped_total" { kind };
-    /// Sockets that were told news of a room, by whether these were written at once (`bypass`) or queued (`queue`).
+    /// Connections of sessions that were taken over from the library that opened them.
+    counter GATEWAY_TAKEN_OVER = "seatlock_gateway_connections_taken_over_total";
+    /// Sockets that were told news of a room, by whether these were written at once (`write`) or queued (`queue`).
     counter GATEWAY_NEWS = "seatlock_gateway_news_total" { kind };
     /// Rounds in which sockets that had missed updates were told the latest ones.
     counter GATEWAY_MENDED = "seatlock_gateway_mendings_total";

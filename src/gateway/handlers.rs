@@ -9,9 +9,10 @@ use tokio::time::{Instant, timeout_at};
 use tracing::Instrument;
 
 use super::actor::{Actor, Watching};
-use super::bypass::Packet;
 use super::limits::ROOMS_MAX;
 use super::now;
+use super::packet::Packet;
+use super::pipe::Urgency;
 use super::rooms::update;
 use super::session::Answer;
 use super::wire::{self, About, Code, Json, Name, Refusal, Request};
@@ -125,13 +126,10 @@ impl Actor {
     /// What follows an answer: a joiner gets the counts one by one and is in the room from then on.
     pub(super) async fn after(&mut self) {
         let Some((event, availability)) = self.joined.take() else { return };
-        // The answer may still be in the queue.
-        self.session.hold_news();
-        let lines = &self.shared.lines;
         let packets: Vec<_> = availability.iter().map(update).collect();
         for portion in packets.chunks(UPDATES_AT_ONCE) {
             let frames = Packet::frames(portion);
-            self.patiently(|session| session.tell(lines, &frames, portion, &[]).into()).await;
+            self.patiently(|session| session.tell(&frames, portion, &[], Urgency::Owed).into()).await;
         }
         self.shared.rooms.join(event, &self.session);
         // Once more: what happened between the reading and the room is the joiner's too.

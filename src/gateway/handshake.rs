@@ -235,9 +235,12 @@ pub(super) async fn gate(State(shared): State<Arc<Shared>>, mut request: Request
         && request.method() == Method::GET
         && let Some(line) = request.extensions().get::<Line>().cloned()
     {
-        let Some(noted) = shared.lines.add(sid.as_deref(), line) else {
+        let Some(noted) = shared.lines.add(sid.as_deref(), line.clone()) else {
             return json(StatusCode::BAD_REQUEST, r#"{"code":3,"message":"Bad request"}"#);
         };
+        if let Some(session) = sid.as_deref().and_then(|sid| shared.rooms.by_sid(sid)) {
+            shared.offer(&session, &line);
+        }
         let response = next.run(request).await;
         if response.status() != StatusCode::SWITCHING_PROTOCOLS {
             shared.lines.remove(&noted);

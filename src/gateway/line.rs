@@ -14,20 +14,24 @@ use std::task::{Context, Poll};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
-use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
+use tokio_util::sync::{CancellationToken, WaitForCancellationFuture, WaitForCancellationFutureOwned};
 
-use super::bypass::{Bypass, Tap};
 use super::lock;
+use super::pipe::{Heir, Pipe, Tap};
 
 /// The handle of one accepted connection.
 #[derive(Debug, Clone)]
 pub struct Line {
     closing: CancellationToken,
     cut: CancellationToken,
-    /// Alive as long as the stream is.
+    /// Alive as long as the stream is, or whoever took it over.
     stream: Weak<()>,
-    bypass: Option<Bypass>,
+    /// Over TCP.
+    pipe: Option<Weak<Pipe>>,
 }
+
+/// Keeps a line open.
+pub(super) type Alive = Arc<()>;
 
 impl Line {
     /// Wraps an accepted connection. The handle belongs into the extensions of every request that comes over it.
@@ -35,7 +39,7 @@ impl Line {
         let (closing, cut) = (CancellationToken::new(), CancellationToken::new());
         let alive = Arc::new(());
         let stream_lives = Arc::downgrade(&alive);
-        let line = Self { closing: closing.clone(), cut: cut.clone(), stream: stream_lives, bypass: None };
+        let line = Self { closing: closing.clone(), cut: cut.clone(), stream: stream_lives, pipe: None };
         let stream = LineStream {
             inner: stream,
             read_ends: Box::pin(closing.cancelled_owned()),
@@ -45,16 +49,33 @@ impl Line {
         (stream, line)
     }
 
-    /// The same over TCP, with a [bypass](Bypass) for the news of rooms.
+    /// The same over TCP, where the connection of a WebSocket can be [taken over](super::pipe).
     pub fn over(stream: TcpStream) -> (LineStream<Tap>, Self) {
-        let (tap, bypass) = Tap::new(stream);
+        let (tap, pipe) = Tap::new(stream);
         let (stream, line) = Self::wrap(tap);
-        (stream, Self { bypass: Some(bypass), ..line })
+        (stream, Self { pipe: Some(pipe), ..line })
     }
 
-    /// The way past the queue of the connection's socket, if it has one.
-    pub(super) const fn bypass(&self) -> Option<&Bypass> {
-        self.bypass.as_ref()
+    /// Names who takes the connection over as soon as that can be.
+    pub(super) fn offer(&self, heir: Box<dyn Heir>) {
+        if let Some(pipe) = self.pipe.as_ref().and_then(Weak::upgrade) {
+            pipe.offer(heir);
+        }
+    }
+
+    /// Keeps it open while it goes from hand to hand; `None` when it is gone.
+    pub(super) fn alive(&self) -> Option<Alive> {
+        self.stream.upgrade()
+    }
+
+    /// Returns when reading ends.
+    pub(super) fn until_closed(&self) -> WaitForCancellationFuture<'_> {
+        self.closing.cancelled()
+    }
+
+    /// Returns when writing ends, too.
+    pub(super) fn until_cut(&self) -> WaitForCancellationFuture<'_> {
+        self.cut.cancelled()
     }
 
     /// Ends reading: to the HTTP server or the WebSocket above it, the client is gone. What is waiting to be written

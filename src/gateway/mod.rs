@@ -9,9 +9,10 @@
 //! ends is one that the client opens again by itself.
 
 mod actor;
+mod attend;
 pub mod auth;
-mod bypass;
 mod compact;
+mod frame;
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) mod fuzzing;
 mod handlers;
@@ -20,6 +21,8 @@ mod hoard;
 mod keep;
 mod limits;
 mod line;
+mod packet;
+mod pipe;
 mod queue;
 mod rooms;
 mod session;
@@ -45,7 +48,6 @@ use tokio_util::task::TaskTracker;
 use tower::Service as _;
 
 use self::auth::TokenVerifier;
-pub use self::bypass::Tap;
 use self::compact::compact;
 pub use self::handshake::Origins;
 use self::handshake::{Guest, Refused};
@@ -54,6 +56,7 @@ use self::keep::Keep;
 use self::limits::Seats;
 use self::line::Lines;
 pub use self::line::{Line, LineStream};
+pub use self::pipe::Tap;
 use self::rooms::{Here, Rooms};
 use self::session::{Callers, WeakSocket};
 use self::wire::Auth;

@@ -10,10 +10,11 @@ use std::time::Duration;
 use bytes::Bytes;
 use tokio::time::Instant;
 
-use super::bypass::Packet;
+use super::packet::Packet;
+use super::pipe::Urgency;
 use super::session::{Ending, Session, Told};
 use super::wire;
-use super::{NAMESPACE, Shared, lock};
+use super::{Shared, lock};
 use crate::domain::{Availability, CategoryId, ChangeKind, EventId, Personal, SessionId, UserId};
 use crate::fanout::{Audience, News, Telling};
 use crate::metrics;
@@ -89,7 +90,7 @@ impl Room {
 
 /// An update as every socket of a room gets it.
 pub fn update(counts: &Availability) -> Packet {
-    Packet::new(NAMESPACE, "availability-update", wire::availability(counts))
+    Packet::new("availability-update", wire::availability(counts))
 }
 
 impl Rooms {
@@ -229,7 +230,7 @@ impl Shared {
                 let frames = Packet::frames(&packets);
                 let now = Instant::now();
                 for (session, since) in portion {
-                    let tell = || session.tell(&shared.lines, &frames, &packets, &[]);
+                    let tell = || session.tell(&frames, &packets, &[], Urgency::News);
                     // Who has left meanwhile is in no list any more, unless they came again and missed something since.
                     let Some(told) = session.while_in(room.event, turn, tell) else { continue };
                     let slow = now.duration_since(*since) >= shared.options.slow_client;
@@ -322,7 +323,7 @@ fn others(news: &News, user: Option<UserId>) -> Vec<Packet> {
         };
         let quantity = user.map_or(summary.total, |user| summary.without(user));
         let data = wire::moved(news.event, summary.category, quantity, reason);
-        (quantity > 0).then(|| Packet::new(NAMESPACE, name, data))
+        (quantity > 0).then(|| Packet::new(name, data))
     };
     news.summaries.iter().filter_map(packet).collect()
 }
@@ -336,16 +337,16 @@ impl Leg {
         Self { end, news, updates, others, frames, movers }
     }
 
-    fn tell(&self, shared: &Shared, session: &Session) -> Told {
+    fn tell(&self, session: &Session) -> Told {
         if !self.movers.contains(&session.user) {
-            return session.tell(&shared.lines, &self.frames, &self.updates, &self.others);
+            return session.tell(&self.frames, &self.updates, &self.others, Urgency::News);
         }
         let others = others(&self.news, Some(session.user));
         let frames = Packet::frames(self.updates.iter().chain(&others));
         if frames.is_empty() {
             return Told::Queued;
         }
-        session.tell(&shared.lines, &frames, &self.updates, &others)
+        session.tell(&frames, &self.updates, &others, Urgency::News)
     }
 }
 
@@ -379,25 +380,25 @@ impl Tour {
     /// now.
     fn portion(&self, crowd: &Crowd, turn: u64, at: usize, leg: &Leg) -> usize {
         let end = leg.end.min(at + PORTION_LEN);
-        let (mut bypassed, mut queued) = (0, 0);
+        let (mut written, mut queued) = (0, 0);
         let told = lock(&self.room.told);
         for place in at..end {
             let session = &crowd[place % crowd.len()];
             let tell = || {
-                let told = leg.tell(&self.shared, session);
+                let told = leg.tell(session);
                 if told == Told::Full {
                     self.note(session, leg);
                 }
                 told
             };
             match session.while_in(self.room.event, turn, tell) {
-                Some(Told::Bypassed) => bypassed += 1,
+                Some(Told::Written) => written += 1,
                 Some(Told::Queued) => queued += 1,
                 Some(Told::Full | Told::Gone) | None => {}
             }
         }
         drop(told);
-        metrics::GATEWAY_NEWS.add(&["bypass"], bypassed);
+        metrics::GATEWAY_NEWS.add(&["write"], written);
         metrics::GATEWAY_NEWS.add(&["queue"], queued);
         end
     }

@@ -21,13 +21,16 @@ use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
 use super::actor::Actor;
+use super::attend::Attendant;
 use super::auth::Claims;
-use super::bypass::{Bypass, Packet, Passed};
+use super::handshake::{self, Guest};
 use super::limits::{HANDSHAKE_TIMEOUT, INBOX_LEN_MAX, INBOX_RETRY_AFTER, REFUSALS_MAX, Seat, TOO_FAST};
 use super::line::{Line, Lines};
+use super::packet::{self, Packet};
+use super::pipe::{Passed, Pipe, Urgency};
 use super::queue::{self, Rejected};
 use super::wire::{self, About, Code, Json, Name, Refusal};
-use super::{Shared, handshake, lock};
+use super::{Shared, lock};
 use crate::callers::{Address, Caller, Pace};
 use crate::domain::{EventId, SessionId, UserId};
 use crate::{metrics, telemetry};
@@ -108,7 +111,7 @@ impl From<Result<(), SendError>> for Sent {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Told {
     /// Written.
-    Bypassed,
+    Written,
     /// In the socket's send buffer.
     Queued,
     /// The client does not read as fast as it is told.
@@ -117,10 +120,20 @@ pub enum Told {
     Gone,
 }
 
+impl From<Passed> for Sent {
+    fn from(passed: Passed) -> Self {
+        match passed {
+            Passed::Yes => Self::Yes,
+            Passed::Full => Self::Full,
+            Passed::Gone => Self::Gone,
+        }
+    }
+}
+
 impl From<Told> for Sent {
     fn from(told: Told) -> Self {
         match told {
-            Told::Bypassed | Told::Queued => Self::Yes,
+            Told::Written | Told::Queued => Self::Yes,
             Told::Full => Self::Full,
             Told::Gone => Self::Gone,
         }
@@ -243,8 +256,13 @@ pub struct Session {
     socket: Weak<Socket>,
     /// The line of its connection, where it was opened as a WebSocket.
     line: Option<Line>,
-    /// Known once the session's transport is a WebSocket.
-    bypass: OnceLock<Bypass>,
+    /// Set when its connection was taken over: where everything is written from then on. Before, it is put into
+    /// socketioxide's queue, which is `queueing`.
+    own: OnceLock<Weak<Pipe>>,
+    queueing: Mutex<()>,
+    /// Its client has been told that it is connected to the namespace, or will be before anything else.
+    begun: AtomicBool,
+    inbox: queue::Sender<Incoming>,
     seat: Mutex<Option<Seat>>,
     /// Messages refused since the inbox was empty last.
     refused: AtomicUsize,
@@ -264,9 +282,44 @@ impl fmt::Debug for Session {
 }
 
 impl Session {
+    /// Writes a frame into the connection, where it is ours, or puts a message into socketioxide's queue.
+    fn send(&self, frame: impl FnOnce() -> Vec<u8>, queue: impl FnOnce(&Arc<Socket>) -> Sent) -> Sent {
+        match self.queue(Sent::Gone, queue) {
+            Ok(sent) => sent,
+            Err(pipe) => pipe.upgrade().map_or(Sent::Gone, |pipe| pipe.send(&frame(), Urgency::Owed).into()),
+        }
+    }
+
+    /// Puts something into socketioxide's queue; or says where it is to be written.
+    fn queue<T>(&self, gone: T, put: impl FnOnce(&Arc<Socket>) -> T) -> Result<T, &Weak<Pipe>> {
+        if let Some(pipe) = self.own.get() {
+            return Err(pipe);
+        }
+        let _queueing = lock(&self.queueing);
+        match self.own.get() {
+            Some(pipe) => Err(pipe),
+            None => Ok(self.socket.upgrade().map_or(gone, |socket| put(&socket))),
+        }
+    }
+
+    /// Everything is written into the connection from now on.
+    pub fn take_over(&self, pipe: &Arc<Pipe>) {
+        let queueing = lock(&self.queueing);
+        self.own.set(Arc::downgrade(pipe)).ok();
+        drop(queueing);
+    }
+
+    /// What its client talks over; `None` when that is gone.
+    fn transport(&self) -> Option<TransportType> {
+        if self.own.get().is_some() {
+            return Some(TransportType::Websocket);
+        }
+        self.socket.upgrade().map(|socket| socket.transport_type())
+    }
+
     /// Sends unless the send buffer is full.
     pub fn emit(&self, name: &'static str, data: &Json) -> Sent {
-        self.socket.upgrade().map_or(Sent::Gone, |socket| socket.emit(name, data).into())
+        self.send(|| packet::event(name, data), |socket| socket.emit(name, data).into())
     }
 
     /// Sends, later if the send buffer is full now.
@@ -284,10 +337,14 @@ impl Session {
     }
 
     fn acknowledge(&self, id: i64, data: &Json) -> Sent {
-        let Some(socket) = self.socket.upgrade() else { return Sent::Gone };
-        let sender = AckSender::from_message_parts(&socket, &mut Value::Str("".into(), None), &Some(id));
-        let Ok(sender) = sender;
-        sender.send(data).into()
+        self.send(
+            || packet::acknowledgement(id, data),
+            |socket| {
+                let sender = AckSender::from_message_parts(socket, &mut Value::Str("".into(), None), &Some(id));
+                let Ok(sender) = sender;
+                sender.send(data).into()
+            },
+        )
     }
 
     /// Sends an answer as the client wants it, unless the send buffer is full.
@@ -358,52 +415,35 @@ impl Session {
         self.line.clone().or_else(|| lines.find(&self.sid))
     }
 
-    /// The bypass of its WebSocket; none while its transport is polling.
-    fn bypass(&self, lines: &Lines) -> Option<&Bypass> {
-        if self.bypass.get().is_none() && self.socket.upgrade()?.transport_type() == TransportType::Websocket {
-            let line = self.line(lines)?;
-            self.bypass.set(line.bypass()?.clone()).ok();
-        }
-        self.bypass.get()
-    }
-
-    /// What is told from now on comes after what was sent before.
-    pub fn hold_news(&self) {
-        if let Some(bypass) = self.bypass.get() {
-            bypass.shut();
-        }
-    }
-
-    /// Tells news of a room: by the bypass, where `frames` are all of them, or through the queue in their order. When the
-    /// answer is `Full` some were not sent, and all `updates` are to be told again.
-    pub fn tell(&self, lines: &Lines, frames: &Bytes, updates: &[Packet], others: &[Packet]) -> Told {
-        let bypass = self.bypass(lines);
-        match bypass.map(|bypass| bypass.send(frames)) {
-            Some(Passed::Yes) => return Told::Bypassed,
-            Some(Passed::Full) => return Told::Full,
-            Some(Passed::Gone) => return Told::Gone,
-            Some(Passed::Closed) | None => {}
-        }
-        for packet in updates {
-            if let Some(bypass) = bypass {
-                bypass.await_passing(packet);
+    /// Tells packets of a room, of which `frames` are all. When the answer is `Full` some were not sent, and all
+    /// `updates` are to be told again.
+    pub fn tell(&self, frames: &Bytes, updates: &[Packet], others: &[Packet], urgency: Urgency) -> Told {
+        let queued = self.queue(Told::Gone, |socket| {
+            let emit = |packet: &Packet| Sent::from(socket.emit(packet.name, &packet.data));
+            for packet in updates {
+                match emit(packet) {
+                    Sent::Yes => {}
+                    Sent::Full => return Told::Full,
+                    Sent::Gone => return Told::Gone,
+                }
             }
-            match self.emit(packet.name, &packet.data) {
-                Sent::Yes => {}
-                Sent::Full => return Told::Full,
-                Sent::Gone => return Told::Gone,
-            }
+            let dropped = others.iter().filter(|packet| emit(packet) == Sent::Full).count();
+            metrics::GATEWAY_DROPPED.add(&["others"], dropped as u64);
+            Told::Queued
+        });
+        let pipe = match queued {
+            Ok(told) => return told,
+            Err(pipe) => pipe,
+        };
+        match pipe.upgrade().map_or(Passed::Gone, |pipe| pipe.send(frames, urgency)) {
+            Passed::Yes => Told::Written,
+            Passed::Full => Told::Full,
+            Passed::Gone => Told::Gone,
         }
-        for packet in others {
-            if self.emit(packet.name, &packet.data) == Sent::Full {
-                metrics::GATEWAY_DROPPED.count(&["others"]);
-            }
-        }
-        Told::Queued
     }
 }
 
-/// Held by the socket: dropped with it, whatever became of it.
+/// Held by the socket: dropped with it, whatever became of it. A connection that was taken over outlives it.
 pub struct Guard {
     session: Arc<Session>,
     shared: Weak<Shared>,
@@ -411,7 +451,9 @@ pub struct Guard {
 
 impl Drop for Guard {
     fn drop(&mut self) {
-        if let Some(shared) = self.shared.upgrade() {
+        if let Some(shared) = self.shared.upgrade()
+            && self.session.own.get().is_none()
+        {
             shared.forget(&self.session);
         }
     }
@@ -423,8 +465,6 @@ impl Shared {
     pub(super) fn admit(self: &Arc<Self>, socket: &Arc<Socket>, claims: Claims, seat: Seat, callers: Callers) {
         let (mail, post) = queue::bounded(MAIL_LEN_MAX);
         let (sender, inbox) = queue::bounded(INBOX_LEN_MAX);
-        // The handler is cloned for each message.
-        let sender = Arc::new(sender);
         let session = Arc::new(Session {
             id: SessionId::generate(),
             user: claims.user,
@@ -434,7 +474,10 @@ impl Shared {
             over: CancellationToken::new(),
             socket: Arc::downgrade(socket),
             line: handshake::line(socket.req_parts()),
-            bypass: OnceLock::new(),
+            own: OnceLock::new(),
+            queueing: Mutex::default(),
+            begun: AtomicBool::new(false),
+            inbox: sender,
             seat: Mutex::new(Some(seat)),
             refused: AtomicUsize::new(0),
             callers,
@@ -450,15 +493,8 @@ impl Shared {
         socket.on_fallback({
             let (session, shared) = (Arc::clone(&session), Arc::downgrade(self));
             move |message: Incoming| {
-                let floods = match session.callers.message() {
-                    Err(wait) => session.slow_down(&message, wait),
-                    Ok(()) => match sender.try_send(message) {
-                        Err(Rejected::Full(message)) => session.refuse(&message),
-                        Err(Rejected::Closed(_)) | Ok(()) => false,
-                    },
-                };
-                if floods && let Some(shared) = shared.upgrade() {
-                    shared.end(&session, Ending::Flood);
+                if let Some(shared) = shared.upgrade() {
+                    shared.take_in(&session, message);
                 }
                 std::future::ready(())
             }
@@ -466,11 +502,16 @@ impl Shared {
         socket.on_disconnect({
             let (session, shared) = (Arc::clone(&session), Arc::downgrade(self));
             move |reason: DisconnectReason| {
-                if let Some(shared) = shared.upgrade() {
-                    metrics::GATEWAY_DISCONNECTS.count(&[reason_label(reason)]);
-                    shared.forget(&session);
+                // socketioxide's part is over when a connection was taken over, the session is not.
+                if let Some(shared) = shared.upgrade()
+                    && session.own.get().is_none()
+                {
                     if reason == DisconnectReason::ClientNSDisconnect {
+                        shared.has_left(&session);
                         shared.vacate(&session);
+                    } else {
+                        metrics::GATEWAY_DISCONNECTS.count(&[reason_label(reason)]);
+                        shared.forget(&session);
                     }
                 }
                 std::future::ready(())
@@ -480,10 +521,48 @@ impl Shared {
         self.rooms.enter(&session);
     }
 
+    /// A message has come: it waits for its turn, or is refused because too many do.
+    pub(super) fn take_in(self: &Arc<Self>, session: &Arc<Session>, message: Incoming) {
+        let floods = match session.callers.message() {
+            Err(wait) => session.slow_down(&message, wait),
+            Ok(()) => match session.inbox.try_send(message) {
+                Err(Rejected::Full(message)) => session.refuse(&message),
+                Err(Rejected::Closed(_)) | Ok(()) => false,
+            },
+        };
+        if floods {
+            self.end(session, Ending::Flood);
+        }
+    }
+
+    /// The client has left the namespace; its transport is still there.
+    pub(super) fn has_left(&self, session: &Session) {
+        metrics::GATEWAY_DISCONNECTS.count(&[reason_label(DisconnectReason::ClientNSDisconnect)]);
+        self.forget(session);
+    }
+
+    /// The line of a session's WebSocket is known: its connection is taken over when the session has begun.
+    pub(super) fn offer(self: &Arc<Self>, session: &Arc<Session>, line: &Line) {
+        if !session.begun.load(Ordering::Acquire) {
+            return;
+        }
+        let Some(socket) = session.socket.upgrade() else { return };
+        let guest = socket.req_parts().extensions.get::<Guest>().cloned();
+        let (session, began_here) = (Arc::clone(session), session.line.is_some());
+        line.offer(Box::new(Attendant {
+            shared: Arc::downgrade(self),
+            session,
+            line: line.clone(),
+            guest,
+            began_here,
+        }));
+    }
+
     /// Starts the actor of a socket that is connected now.
-    pub(super) fn begin(&self, socket: &Socket) {
+    pub(super) fn begin(self: &Arc<Self>, socket: &Socket) {
         let actor = socket.extensions.remove::<Arc<Mutex<Option<Actor>>>>().and_then(|actor| lock(&actor).take());
         let Some(mut actor) = actor else { return };
+        let session = Arc::clone(&actor.session);
         let traceparent = handshake::traceparent(socket.req_parts());
         // Boxed where there is a span, so that the others have no room for one.
         match telemetry::session(traceparent.as_deref()) {
@@ -493,6 +572,11 @@ impl Shared {
             }
             None => self.tasks.spawn(actor.live()),
         };
+        session.begun.store(true, Ordering::Release);
+        // Whoever notes the line of an upgrade looks for the session afterwards, and this for the line.
+        if let Some(line) = session.line(&self.lines) {
+            self.offer(&session, &line);
+        }
     }
 
     /// The session is over: its place is free, nothing more is sent to it, its actor ends. A repeat changes nothing.
@@ -507,8 +591,7 @@ impl Shared {
     /// The client has left the namespace: a transport that nobody comes back on within the time of a handshake is
     /// closed, as one that nobody ever came on is. It would hold memory and count for nobody.
     fn vacate(self: &Arc<Self>, session: &Session) {
-        let is_websocket =
-            session.socket.upgrade().is_some_and(|socket| socket.transport_type() == TransportType::Websocket);
+        let is_websocket = session.transport() == Some(TransportType::Websocket);
         let (shared, sid) = (Arc::clone(self), session.sid.clone());
         let line = session.line(&self.lines).filter(|_| is_websocket);
         self.tasks.spawn(async move {
@@ -535,8 +618,7 @@ impl Shared {
         }
         session.closing.cancel();
         metrics::GATEWAY_ENDED.count(&[why.as_str()]);
-        let transport = session.socket.upgrade().map(|socket| socket.transport_type());
-        match transport {
+        match session.transport() {
             Some(TransportType::Websocket) => {
                 let Some(line) = session.line(&self.lines) else {
                     tracing::error!("a connection that is not wrapped in a line cannot be closed");

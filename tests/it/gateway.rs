@@ -413,7 +413,7 @@ async fn who_joins_again_gets_the_answer_first() {
 /// News are written past the queue of every WebSocket, also of one that began with polling; who polls has them by the
 /// queue. Each is told once for each change.
 #[tokio::test(flavor = "multi_thread")]
-async fn news_take_the_bypass_to_every_websocket() {
+async fn news_are_written_at_once_to_every_websocket() {
     let handle = seatlock::metrics::install().expect("nobody else counts in this process");
     let told = |path: &str| {
         let name = format!("seatlock_gateway_news_total{{kind=\"{path}\"}} ");
@@ -437,7 +437,7 @@ async fn news_take_the_bypass_to_every_websocket() {
     for change in 0..8 {
         if change == 4 {
             // The first news of each WebSocket go by the queue, and the next wait for them.
-            (before, began) = (told("bypass"), told("queue"));
+            (before, began) = (told("write"), told("queue"));
         }
         let request = if change % 2 == 0 { "lock-tickets" } else { "unlock-tickets" };
         assert_eq!(buyer.ask(request, &lock(1, 2, 1)).await["success"], true);
@@ -454,9 +454,9 @@ async fn news_take_the_bypass_to_every_websocket() {
             while client.event("availability-update").await["version"] != version {}
         }
     }
-    eventually("four changes, two WebSockets", async || told("bypass") >= before + 8).await;
+    eventually("four changes, two WebSockets", async || told("write") >= before + 8).await;
     eventually("four changes, one poller", async || told("queue") >= began + 4).await;
-    assert_eq!((told("bypass") - before, told("queue") - began), (8, 4));
+    assert_eq!((told("write") - before, told("queue") - began), (8, 4));
 }
 
 /// One connection can watch 32 events and no more.
