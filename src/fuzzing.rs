@@ -14,6 +14,7 @@ pub type Target = (&'static str, fn(&[u8]));
 
 /// Every one of them.
 pub const TARGETS: &[Target] = &[
+    ("gateway_frames", gateway::fuzzing::frames),
     ("gateway_messages", gateway::fuzzing::messages),
     ("gateway_handshakes", gateway::fuzzing::handshakes),
     ("gateway_tokens", gateway::fuzzing::tokens),

@@ -13,10 +13,10 @@ use tokio::time::{Instant, sleep, sleep_until, timeout, timeout_at};
 use tracing::Instrument as _;
 
 use super::auth::{Claims, Scope};
-use super::queue;
+use super::queue::{self, Taken};
 use super::session::{Answer, Ending, Incoming, Sent, Session};
 use super::wire::{self, About, Code, Json, Name, Refusal};
-use super::{Doubts, Shared};
+use super::{Doubts, Drain, Shared, Word};
 use crate::domain::{
     Availability, EventId, Kept, LockStatus, Personal, ReleaseReason, Releaser, RestoreOutcome, RestoreRequest,
     SessionId, UserId,
@@ -40,6 +40,8 @@ const OWED_RETRY: Duration = Duration::from_secs(5);
 
 /// Timers are set at most this far ahead; a token that lives longer is looked at again then.
 const TIMER_MAX: Duration = Duration::from_hours(24);
+/// How far a timer that is set may be from when it is wanted.
+const TIMER_SLACK: Duration = Duration::from_millis(5);
 
 /// Counts a socket as a watcher of an event until dropped.
 #[derive(Debug)]
@@ -118,7 +120,7 @@ pub(super) struct Actor {
     listening: Option<Listening>,
     /// The client has been told that it is connected.
     greeted: bool,
-    doubts: watch::Receiver<Doubts>,
+    word: watch::Receiver<Word>,
     /// The doubts that the entry under way began with, and the last ones that an entry has put to rest.
     doubt: Doubts,
     rested: Doubts,
@@ -155,10 +157,12 @@ impl Actor {
         inbox: queue::Receiver<Incoming>,
         post: queue::Receiver<(&'static str, Json)>,
     ) -> Self {
-        let doubts = shared.doubts.subscribe();
-        let rested = *doubts.borrow();
+        let mut word = shared.word.subscribe();
+        // A drain may have begun before.
+        word.mark_changed();
+        let rested = word.borrow().doubts;
         Self {
-            doubts,
+            word,
             doubt: rested,
             rested,
             shared,
@@ -193,43 +197,84 @@ impl Actor {
 
     async fn work(&mut self) {
         self.enter().await;
+        let mut timer = Box::pin(sleep_until(self.wake_at()));
+        let session = Arc::clone(&self.session);
         loop {
+            if session.over.is_cancelled() || self.heeds_an_end() {
+                return;
+            }
             let wake = self.wake_at();
-            tokio::select! {
-                biased;
-                () = self.session.over.cancelled() => return,
-                () = self.shared.impatient.cancelled() => {
-                    self.shared.end(&self.session, Ending::Drain);
+            if wake <= Instant::now() {
+                self.tick().await;
+                continue;
+            }
+            if let Standing::Entering(task, _) = &self.standing
+                && task.is_finished()
+            {
+                let entered = Self::entered(&mut self.standing).await;
+                self.settle(entered).await;
+                continue;
+            }
+            if let Taken::Item((name, data)) = self.post.try_recv() {
+                self.patiently(|session| session.emit(name, &data)).await;
+                continue;
+            }
+            match self.inbox.try_recv() {
+                Taken::Item(message) => {
+                    self.handle(message).await;
+                    continue;
+                }
+                Taken::Nothing => {}
+                Taken::Closed => {
+                    if self.moving == Moving::Now {
+                        self.shared.end(&self.session, Ending::Drain);
+                    }
                     return;
                 }
-                () = self.shared.draining.cancelled(), if self.moving == Moving::No => {
-                    self.moving = Moving::At(self.shared.turn());
-                }
-                () = sleep_until(wake) => self.tick().await,
-                Some((name, data)) = self.post.recv() => {
-                    self.patiently(|session| session.emit(name, &data)).await;
-                }
-                Ok(()) = self.doubts.changed() => {
-                    if let Standing::In { .. } = self.standing && self.doubts_itself() {
-                        self.standing = Standing::Out { at: Instant::now(), pause: ENTER_RETRY };
-                    }
-                }
+            }
+            // What it is due for is reckoned anew each time, and differs by less than matters.
+            let set = timer.deadline();
+            if timer.is_elapsed() || wake.max(set) - wake.min(set) > TIMER_SLACK {
+                timer.as_mut().reset(wake);
+            }
+            tokio::select! {
+                biased;
+                () = session.stir.notified() => {}
+                () = timer.as_mut() => {}
                 entered = Self::entered(&mut self.standing) => self.settle(entered).await,
-                message = self.inbox.recv() => match message {
-                    Some(message) => self.handle(message).await,
-                    None if self.moving == Moving::Now => {
-                        self.shared.end(&self.session, Ending::Drain);
-                        return;
-                    }
-                    None => return,
-                },
             }
         }
     }
 
+    /// Looks at what all sessions were told since it looked last; true when this one is to end.
+    fn heeds_an_end(&mut self) -> bool {
+        // The sender lives as long as the gateway.
+        if !self.word.has_changed().unwrap_or(false) {
+            return false;
+        }
+        match self.word.borrow_and_update().drain {
+            Drain::No => {}
+            Drain::InTurn => {
+                if self.moving == Moving::No {
+                    self.moving = Moving::At(self.shared.turn());
+                }
+            }
+            Drain::AtOnce => {
+                self.shared.end(&self.session, Ending::Drain);
+                return true;
+            }
+        }
+        if let Standing::In { .. } = self.standing
+            && self.doubts_itself()
+        {
+            self.standing = Standing::Out { at: Instant::now(), pause: ENTER_RETRY };
+        }
+        false
+    }
+
     /// What the last entry said may not be so any more.
     fn doubts_itself(&self) -> bool {
-        let now = *self.doubts.borrow();
+        let now = self.word.borrow().doubts;
         now.of_sessions > self.rested.of_sessions
             || now.of_locks > self.rested.of_locks && self.shared.keep.knows(self.session.user)
     }
@@ -307,7 +352,7 @@ impl Actor {
             return;
         };
         let (shared, user, id) = (Arc::clone(&self.shared), self.session.user, self.session.id);
-        self.doubt = *self.doubts.borrow();
+        self.doubt = self.word.borrow().doubts;
         let (listen, doubted) = (self.listening.is_none(), self.doubt != self.rested);
         let task = tokio::spawn(async move {
             // The semaphore is never closed.
@@ -391,7 +436,9 @@ impl Actor {
                 Box::pin(replied.instrument(span)).await;
             }
         }
-        Box::pin(self.after()).await;
+        if let Some(joined) = self.joined.take() {
+            Box::pin(self.after(joined)).await;
+        }
     }
 
     /// Answers a message, and says how, after its name.
@@ -400,7 +447,7 @@ impl Actor {
             None => (None, Answer::unknown("")),
             Some((text, data)) => match Name::parse(&text) {
                 None => (None, Answer::unknown(&text)),
-                Some(name) => (Some(name), Box::pin(self.respond(name, data.as_deref())).await),
+                Some(name) => (Some(name), Box::pin(self.respond(name, data)).await),
             },
         };
         let label = name.map_or("unknown", Name::as_str);

@@ -22,6 +22,7 @@ use super::line::{Alive, Line};
 use super::packet;
 use super::pipe::{Heir, Passed, Pipe, Urgency};
 use super::session::{Incoming, Session};
+use super::wire;
 use super::{NAMESPACE, Shared};
 use crate::metrics;
 
@@ -35,8 +36,10 @@ thread_local! {
 /// Why a connection ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum End {
-    /// Its client or this service closed it.
+    /// Its client closed it.
     Closed,
+    /// This service did.
+    Ended,
     /// It broke.
     Broken,
     /// The client sent what nobody can read.
@@ -49,7 +52,7 @@ impl End {
     /// The metric label: as socketioxide's reasons are called.
     const fn as_str(self) -> &'static str {
         match self {
-            Self::Closed => "transport_close",
+            Self::Closed | Self::Ended => "transport_close",
             Self::Broken => "transport_error",
             Self::Unreadable => "parse_error",
             Self::Silent => "ping_timeout",
@@ -94,20 +97,12 @@ impl<'a> Packet<'a> {
         match kind {
             "0" => Some(Self::Connect(namespace)),
             "1" if ours => Some(Self::Disconnect),
-            "2" if ours => begins_with_a_name(data).then_some(Self::Message(data, id)),
+            "2" if ours => wire::begins_with_a_name(data).then_some(Self::Message(data, id)),
             "1" | "2" => Some(Self::Other),
             "3" => id.map(|_| Self::Other),
             _ => None,
         }
     }
-}
-
-/// Whether a text begins like an array with a text; the rest may be anything.
-fn begins_with_a_name(text: &str) -> bool {
-    let Some(first) = text.strip_prefix('[') else { return false };
-    let plain = serde_json::Deserializer::from_str(first).into_iter::<&str>().next();
-    plain.is_some_and(|name| name.is_ok())
-        || serde_json::Deserializer::from_str(first).into_iter::<String>().next().is_some_and(|name| name.is_ok())
 }
 
 /// Who takes a session's connection over and reads it.
@@ -171,7 +166,7 @@ impl Reading {
         let mut cut = pin!(line.until_cut());
         let end = tokio::select! {
             biased;
-            () = &mut cut => End::Closed,
+            () = &mut cut => End::Ended,
             end = self.read(&line) => end,
         };
         if self.pulse.leaves_at.is_none() {
@@ -193,29 +188,27 @@ impl Reading {
         let mut closed = pin!(line.until_closed());
         let mut timer = pin!(sleep_until(self.pulse.next()));
         let end = poll_fn(|cx| {
-            if closed.as_mut().poll(cx).is_ready() {
-                return Poll::Ready(End::Closed);
+            loop {
+                if closed.as_mut().poll(cx).is_ready() {
+                    return Poll::Ready(End::Ended);
+                }
+                match self.poll_read(cx) {
+                    Poll::Ready(ControlFlow::Break(end)) => return Poll::Ready(end),
+                    Poll::Ready(ControlFlow::Continue(())) => {}
+                    Poll::Pending => return self.poll_pulse(cx, timer.as_mut()),
+                }
             }
-            if let Poll::Ready(end) = self.poll_read(cx) {
-                return Poll::Ready(end);
-            }
-            self.poll_pulse(cx, timer.as_mut())
         });
         end.await
     }
 
-    /// Reads what is there.
-    fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<End> {
-        loop {
-            let flow = SCRATCH.with_borrow_mut(|scratch| {
-                let mut buf = ReadBuf::new(scratch);
-                let read = ready!(Pin::new(&mut self.reader).poll_read(cx, &mut buf));
-                Poll::Ready(self.take(read, buf.filled_mut()))
-            });
-            if let ControlFlow::Break(end) = ready!(flow) {
-                return Poll::Ready(end);
-            }
-        }
+    /// Reads what is there, as much as is read at once.
+    fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<ControlFlow<End>> {
+        SCRATCH.with_borrow_mut(|scratch| {
+            let mut buf = ReadBuf::new(scratch);
+            let read = ready!(Pin::new(&mut self.reader).poll_read(cx, &mut buf));
+            Poll::Ready(self.take(read, buf.filled_mut()))
+        })
     }
 
     fn take(&mut self, read: io::Result<()>, bytes: &mut [u8]) -> ControlFlow<End> {
@@ -236,8 +229,10 @@ impl Reading {
             Ok(ControlFlow::Break(end)) => end,
             Err(breach) => breach.into(),
         };
-        // A farewell in form, if the client still reads.
-        pipe.send(packet::CLOSE, Urgency::Owed);
+        if end != End::Ended {
+            // A farewell in form, if the client still reads.
+            pipe.send(packet::CLOSE, Urgency::Owed);
+        }
         ControlFlow::Break(end)
     }
 
@@ -263,15 +258,17 @@ impl Reading {
             None => ControlFlow::Break(End::Unreadable),
             Some(Packet::Message(..) | Packet::Disconnect) if pulse.leaves_at.is_some() => ControlFlow::Continue(()),
             Some(Packet::Message(text, ack)) => {
-                shared.take_in(session, Incoming { text: text.into(), ack, at: Instant::now() });
-                ControlFlow::Continue(())
+                match shared.take_in(session, Incoming { text: text.into(), ack, at: Instant::now() }) {
+                    true => ControlFlow::Continue(()),
+                    false => ControlFlow::Break(End::Ended),
+                }
             }
             Some(Packet::Disconnect) => {
                 pulse.leaves_at = Some(Instant::now() + HANDSHAKE_TIMEOUT);
                 shared.has_left(session);
                 ControlFlow::Continue(())
             }
-            // It comes back on a new connection: this one's handshake is over.
+            // The handshake of this connection is over: the client opens a new one by itself.
             Some(Packet::Connect(NAMESPACE)) if pulse.leaves_at.is_some() => ControlFlow::Break(End::Closed),
             Some(Packet::Connect(NAMESPACE) | Packet::Other) => ControlFlow::Continue(()),
             Some(Packet::Connect(other)) => owe(pipe, &packet::no_namespace(other)),

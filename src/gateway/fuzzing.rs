@@ -2,8 +2,13 @@
 
 use axum::http::{HeaderMap, HeaderValue, header};
 
+use std::ops::ControlFlow;
+
+use super::attend::Packet;
 use super::auth::fuzzing as tokens;
+use super::frame::{Breach, Frames, Received};
 use super::handshake;
+use super::pipe::Place;
 use super::wire::{self, Auth, Name, Request};
 use crate::domain::UserId;
 
@@ -16,7 +21,7 @@ pub fn messages(data: &[u8]) {
     let Some((name, data)) = wire::split(text) else { return };
     let (Ok(user), known) = (UserId::new(7), Name::parse(&name)) else { return };
     for name in known.into_iter().chain(Name::ALL) {
-        let (about, request) = wire::read(name, data.as_deref(), user, PER_LOCK_MAX);
+        let (about, request) = wire::read(name, data, user, PER_LOCK_MAX);
         match request {
             Ok(Request::Lock { event, quantity, .. }) => {
                 assert!(quantity.value() <= PER_LOCK_MAX && about.event == Some(event), "{about:?}");
@@ -36,6 +41,36 @@ pub fn messages(data: &[u8]) {
             }
         }
     }
+}
+
+/// The frames of a WebSocket, of which the first byte says how many bytes come at once: what is read does not depend on
+/// it, and the place in them is followed as they are read.
+pub fn frames(data: &[u8]) {
+    let Some((&first, data)) = data.split_first() else { return };
+    let (whole, pieces) = (read_frames(data, data.len()), read_frames(data, usize::from(first)));
+    assert_eq!(whole, pieces);
+    let mut place = Place::default();
+    let followed = data.chunks(usize::from(first).max(1)).all(|piece| place.follow(piece));
+    assert!(followed || whole.1.is_some(), "a place is lost only in what cannot be read");
+}
+
+fn read_frames(data: &[u8], portion: usize) -> (Vec<String>, Option<Breach>) {
+    let (mut frames, mut seen) = (Frames::default(), Vec::new());
+    for piece in data.chunks(portion.max(1)) {
+        let read = frames.read(&mut piece.to_vec(), |received| {
+            if let Received::Text(text) = received
+                && let Some(Packet::Message(message, _)) = Packet::read(text)
+            {
+                assert!(message.starts_with("[") && text.ends_with(message));
+            }
+            seen.push(format!("{received:?}"));
+            ControlFlow::<()>::Continue(())
+        });
+        if let Err(breach) = read {
+            return (seen, Some(breach));
+        }
+    }
+    (seen, None)
 }
 
 /// A handshake: a line each of the query, the `Origin`, the `Host`, the `Authorization`, and the rest what comes with

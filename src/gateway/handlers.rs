@@ -45,8 +45,8 @@ impl From<StockError> for Refusal {
     }
 }
 
-/// Runs work that must not be dropped half-way: after `deadline` it is *unknown* what became of it, and it runs on. Work
-/// whose deadline is over before its turn came is not begun.
+/// Runs work that must not be dropped half-way: after `deadline` it is *unknown* what became of it, and it runs on in a
+/// task of its own. Work whose deadline is over before its turn came is not begun.
 async fn within<T: Send + 'static>(
     deadline: Instant,
     work: impl Future<Output = Result<T, Refusal>> + Send + 'static,
@@ -54,10 +54,12 @@ async fn within<T: Send + 'static>(
     if deadline <= Instant::now() {
         return Err(Refusal::new(Code::Unavailable));
     }
-    match timeout_at(deadline, tokio::spawn(work.in_current_span())).await {
-        Ok(Ok(result)) => result,
-        Ok(Err(_)) | Err(_) => Err(Refusal::new(Code::Unavailable)),
+    let mut work = Box::pin(work.in_current_span());
+    if let Ok(result) = timeout_at(deadline, work.as_mut()).await {
+        return result;
     }
+    tokio::spawn(work);
+    Err(Refusal::new(Code::Unavailable))
 }
 
 /// What a refused lock is called.
@@ -123,9 +125,8 @@ impl Actor {
         }
     }
 
-    /// What follows an answer: a joiner gets the counts one by one and is in the room from then on.
-    pub(super) async fn after(&mut self) {
-        let Some((event, availability)) = self.joined.take() else { return };
+    /// What follows the answer to a joiner: the counts one by one, and to be in the room from then on.
+    pub(super) async fn after(&mut self, (event, availability): (EventId, Vec<Availability>)) {
         let packets: Vec<_> = availability.iter().map(update).collect();
         for portion in packets.chunks(UPDATES_AT_ONCE) {
             let frames = Packet::frames(portion);

@@ -5,8 +5,10 @@
 //!
 //! A socket is a [`session`]: its handshake is checked in [`handshake`], its messages are read and answered in
 //! [`wire`] and [`handlers`] by one task ([`actor`]) in the order in which they came, its connection can be closed through its
-//! [`mod@line`]. Nothing here tells a client to stay away (`io server disconnect`): every connection that this service
-//! ends is one that the client opens again by itself.
+//! [`mod@line`]. socketioxide opens every session and carries those that poll; the connection of one that is on a
+//! WebSocket is taken over ([`pipe`]), read here ([`attend`], [`frame`]) and written to without a detour ([`packet`]).
+//! Nothing here tells a client to stay away (`io server disconnect`): every connection that this service ends is one that
+//! the client opens again by itself.
 
 mod actor;
 mod attend;
@@ -190,13 +192,32 @@ struct Shared {
     owed: Arc<Semaphore>,
     /// Sessions that may tell the ledger at the same time that they are here.
     entering: Arc<Semaphore>,
-    doubts: watch::Sender<Doubts>,
+    /// Changed by [`Shared::tell_all`] only.
+    word: watch::Sender<Word>,
     /// Nobody is taken in any more; sessions go on until their turn to move.
     draining: CancellationToken,
     /// Set before `draining`.
     turns: OnceLock<Turns>,
     /// They finish at once.
     impatient: CancellationToken,
+}
+
+/// What all sessions are told. Their actors look at it when they are stirred.
+#[derive(Debug, Clone, Copy, Default)]
+struct Word {
+    doubts: Doubts,
+    drain: Drain,
+}
+
+/// How far a drain of the replica is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+enum Drain {
+    #[default]
+    No,
+    /// Each session moves in its turn.
+    InTurn,
+    /// All that are left finish at once.
+    AtOnce,
 }
 
 /// How often this replica had reason to doubt that it and the ledger know the same. Each only rises.
@@ -245,6 +266,12 @@ impl Shared {
     /// When a client is to be moved.
     fn turn(&self) -> Instant {
         self.turns.get().map_or_else(Instant::now, Turns::take)
+    }
+
+    /// Tells all sessions something.
+    fn tell_all(&self, tell: impl FnOnce(&mut Word)) {
+        self.word.send_modify(tell);
+        self.rooms.stir_all();
     }
 
     /// Ends a polling session as its client would: a close packet in a request of its own.
@@ -351,7 +378,7 @@ impl Gateway {
                 leaving: Semaphore::new(LEAVING_MAX),
                 owed: Arc::new(Semaphore::new(OWED_MAX)),
                 entering: Arc::new(Semaphore::new(ENTERING_MAX)),
-                doubts: watch::Sender::default(),
+                word: watch::Sender::default(),
                 draining: CancellationToken::new(),
                 turns: OnceLock::new(),
                 impatient: CancellationToken::new(),
@@ -392,7 +419,7 @@ impl Gateway {
     /// The ledger may have lost what was entered into it: every session enters again, and what this replica remembers
     /// of its users' locks is handed back. Returns at once; goes on until the ledger has answered.
     pub fn reassure(&self) {
-        self.shared.doubts.send_modify(|doubts| doubts.of_sessions += 1);
+        self.shared.tell_all(|word| word.doubts.of_sessions += 1);
     }
 
     /// Learns how locks ended that nobody here heard of, until `stop`.
@@ -427,9 +454,11 @@ impl Gateway {
         // Only the first drain counts.
         shared.turns.set(turns).ok();
         shared.draining.cancel();
+        shared.tell_all(|word| word.drain = Drain::InTurn);
         shared.tasks.close();
         if timeout(limit, shared.tasks.wait()).await.is_err() {
             shared.impatient.cancel();
+            shared.tell_all(|word| word.drain = Drain::AtOnce);
             timeout(DRAIN_LAST, shared.tasks.wait()).await.ok();
         }
         let left = shared.lines.cut_all();

@@ -227,7 +227,7 @@ enum Seen {
 
 /// A place in a client's frames.
 #[derive(Debug, Default)]
-struct Place {
+pub(super) struct Place {
     /// The beginning of a frame, as far as it has come.
     head: Vec<u8>,
     /// Bytes of its payload that are to come.
@@ -242,7 +242,7 @@ struct Place {
 
 impl Place {
     /// False when the client breaks the rules.
-    fn follow(&mut self, bytes: &[u8]) -> bool {
+    pub fn follow(&mut self, bytes: &[u8]) -> bool {
         let mut bytes = bytes.iter();
         while !bytes.as_slice().is_empty() {
             if self.left > 0 {

@@ -4,8 +4,6 @@
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
 
-use tokio::sync::Notify;
-
 use super::lock;
 
 /// What could not be put into the queue.
@@ -17,11 +15,20 @@ pub enum Rejected<T> {
     Closed(T),
 }
 
+/// What could be taken out.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Taken<T> {
+    /// The oldest.
+    Item(T),
+    /// Nothing is there now.
+    Nothing,
+    /// Nothing will be there any more.
+    Closed,
+}
+
 #[derive(Debug)]
 struct Queue<T> {
     state: Mutex<State<T>>,
-    /// Somebody waits for an item, or there is one that nobody has waited for.
-    waiter: Notify,
     len_max: usize,
 }
 
@@ -39,10 +46,10 @@ pub struct Sender<T>(Arc<Queue<T>>);
 #[derive(Debug)]
 pub struct Receiver<T>(Arc<Queue<T>>);
 
-/// An empty queue for at most `len_max` items.
+/// An empty queue for at most `len_max` items. Whoever puts something in wakes whoever is to take it out.
 pub fn bounded<T>(len_max: usize) -> (Sender<T>, Receiver<T>) {
     let state = Mutex::new(State { items: VecDeque::new(), closed: false });
-    let queue = Arc::new(Queue { state, waiter: Notify::new(), len_max });
+    let queue = Arc::new(Queue { state, len_max });
     (Sender(Arc::clone(&queue)), Receiver(queue))
 }
 
@@ -57,8 +64,6 @@ impl<T> Sender<T> {
             return Err(Rejected::Full(item));
         }
         state.items.push_back(item);
-        drop(state);
-        self.0.waiter.notify_one();
         Ok(())
     }
 }
@@ -66,29 +71,20 @@ impl<T> Sender<T> {
 impl<T> Drop for Sender<T> {
     fn drop(&mut self) {
         lock(&self.0.state).closed = true;
-        self.0.waiter.notify_one();
     }
 }
 
 impl<T> Receiver<T> {
-    /// The next item, as soon as there is one; `None` when the queue is closed and empty. A call that is given up loses
-    /// nothing.
-    pub async fn recv(&mut self) -> Option<T> {
-        loop {
-            {
-                let mut state = lock(&self.0.state);
-                if let Some(item) = state.items.pop_front() {
-                    if state.items.is_empty() {
-                        state.items = VecDeque::new();
-                    }
-                    return Some(item);
-                }
-                if state.closed {
-                    return None;
-                }
-            }
-            self.0.waiter.notified().await;
+    /// The next item, if there is one.
+    pub fn try_recv(&mut self) -> Taken<T> {
+        let mut state = lock(&self.0.state);
+        let Some(item) = state.items.pop_front() else {
+            return if state.closed { Taken::Closed } else { Taken::Nothing };
+        };
+        if state.items.is_empty() {
+            state.items = VecDeque::new();
         }
+        Taken::Item(item)
     }
 
     /// Whether nothing waits.
@@ -112,44 +108,31 @@ impl<T> Drop for Receiver<T> {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
-    use tokio::time::timeout;
-
     use super::*;
 
-    #[tokio::test]
-    async fn items_come_in_order_and_the_queue_is_bounded() {
+    #[test]
+    fn items_come_in_order_and_the_queue_is_bounded() {
         let (sender, mut receiver) = bounded(2);
         for round in 0..3 {
             assert_eq!(sender.try_send(round), Ok(()));
             assert_eq!(sender.try_send(round + 1), Ok(()));
             assert_eq!(sender.try_send(9), Err(Rejected::Full(9)));
-            assert_eq!((receiver.recv().await, receiver.recv().await), (Some(round), Some(round + 1)));
+            assert_eq!((receiver.try_recv(), receiver.try_recv()), (Taken::Item(round), Taken::Item(round + 1)));
+            assert_eq!(receiver.try_recv(), Taken::Nothing);
             assert_eq!(lock(&receiver.0.state).items.capacity(), 0, "empty, it takes no memory");
         }
     }
 
-    #[tokio::test]
-    async fn who_waits_is_woken_and_who_gave_up_has_lost_nothing() {
-        let (sender, mut receiver) = bounded(2);
-        for item in 0..100 {
-            assert!(timeout(Duration::from_millis(1), receiver.recv()).await.is_err(), "nothing is there");
-            let (got, sent) = tokio::join!(receiver.recv(), async { sender.try_send(item) });
-            assert_eq!((got, sent), (Some(item), Ok(())));
-        }
-    }
-
-    #[tokio::test]
-    async fn a_closed_queue_gives_what_is_in_it_and_takes_nothing() {
+    #[test]
+    fn a_closed_queue_gives_what_is_in_it_and_takes_nothing() {
         let (sender, mut receiver) = bounded(2);
         sender.try_send(1).expect("there is room");
         receiver.close();
         assert_eq!(sender.try_send(2), Err(Rejected::Closed(2)));
-        assert_eq!((receiver.recv().await, receiver.recv().await), (Some(1), None));
-        let (sender, mut receiver) = bounded(2);
-        let (got, ()) = tokio::join!(receiver.recv(), async { drop(sender) });
-        assert_eq!(got, None::<u8>);
+        assert_eq!((receiver.try_recv(), receiver.try_recv()), (Taken::Item(1), Taken::Closed));
+        let (sender, mut receiver) = bounded::<u8>(2);
+        drop(sender);
+        assert_eq!(receiver.try_recv(), Taken::Closed);
         let (sender, receiver) = bounded(2);
         drop(receiver);
         assert_eq!(sender.try_send(1), Err(Rejected::Closed(1)));

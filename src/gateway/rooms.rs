@@ -156,6 +156,12 @@ impl Rooms {
         lock(&self.state).sids.get(sid).cloned()
     }
 
+    /// Something is there for everybody.
+    pub fn stir_all(&self) {
+        let state = lock(&self.state);
+        state.users.values().flat_map(HashMap::values).for_each(|session| session.stir.notify_one());
+    }
+
     /// The local sockets of a user.
     fn of_user(&self, user: UserId) -> Vec<Arc<Session>> {
         lock(&self.state).users.get(&user).map(|sessions| sessions.values().cloned().collect()).unwrap_or_default()
@@ -468,6 +474,6 @@ impl Audience for Here {
     }
 
     fn missed(&self) {
-        self.0.doubts.send_modify(|doubts| doubts.of_locks += 1);
+        self.0.tell_all(|word| word.doubts.of_locks += 1);
     }
 }

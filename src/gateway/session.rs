@@ -16,6 +16,7 @@ use socketioxide::extract::AckSender;
 use socketioxide::handler::{FromConnectParts, FromMessageParts, Value};
 use socketioxide::socket::{DisconnectReason, Socket};
 use socketioxide::{SendError, SocketError, TransportType};
+use tokio::sync::Notify;
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
@@ -253,6 +254,8 @@ pub struct Session {
     pub told: AtomicBool,
     /// It is over: the actor ends.
     pub over: CancellationToken,
+    /// Something is there for the actor.
+    pub stir: Notify,
     socket: Weak<Socket>,
     /// The line of its connection, where it was opened as a WebSocket.
     line: Option<Line>,
@@ -329,7 +332,10 @@ impl Session {
                 metrics::GATEWAY_DROPPED.count(&["personal"]);
                 "dropped"
             }
-            Sent::Full => "waiting",
+            Sent::Full => {
+                self.stir.notify_one();
+                "waiting"
+            }
             Sent::Yes => "sent",
             Sent::Gone => return,
         };
@@ -472,6 +478,7 @@ impl Shared {
             closing: CancellationToken::new(),
             told: AtomicBool::new(false),
             over: CancellationToken::new(),
+            stir: Notify::new(),
             socket: Arc::downgrade(socket),
             line: handshake::line(socket.req_parts()),
             own: OnceLock::new(),
@@ -521,18 +528,24 @@ impl Shared {
         self.rooms.enter(&session);
     }
 
-    /// A message has come: it waits for its turn, or is refused because too many do.
-    pub(super) fn take_in(self: &Arc<Self>, session: &Arc<Session>, message: Incoming) {
+    /// A message has come: it waits for its turn, or is refused because too many do. False when that was one too many: the
+    /// session has been ended.
+    pub(super) fn take_in(self: &Arc<Self>, session: &Arc<Session>, message: Incoming) -> bool {
         let floods = match session.callers.message() {
             Err(wait) => session.slow_down(&message, wait),
             Ok(()) => match session.inbox.try_send(message) {
                 Err(Rejected::Full(message)) => session.refuse(&message),
-                Err(Rejected::Closed(_)) | Ok(()) => false,
+                Err(Rejected::Closed(_)) => false,
+                Ok(()) => {
+                    session.stir.notify_one();
+                    false
+                }
             },
         };
         if floods {
             self.end(session, Ending::Flood);
         }
+        !floods
     }
 
     /// The client has left the namespace; its transport is still there.
@@ -586,6 +599,7 @@ impl Shared {
         }
         lock(&session.seat).take();
         session.over.cancel();
+        session.stir.notify_one();
     }
 
     /// The client has left the namespace: a transport that nobody comes back on within the time of a handshake is

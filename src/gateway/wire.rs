@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use serde_json::value::RawValue;
 
-pub use read::{About, Request, read, split};
+pub use read::{About, Request, begins_with_a_name, read, split};
 
 use crate::domain::{
     Availability, CategoryId, EventId, Grant, Instant, Lock, LockId, OrderResult, Personal, Quantity, ReleaseReason,

@@ -88,7 +88,8 @@ fn every_name_is_read_back() {
 
 #[test]
 fn a_message_is_split_into_its_name_and_its_first_argument() {
-    let parts = |text: &str| split(text).map(|(name, data)| (name, data.map(|data| data.get().to_owned())));
+    let parts =
+        |text: &str| split(text).map(|(name, data)| (name.into_owned(), data.map(|data| data.get().to_owned())));
     let named = |name: &str, data: Option<&str>| Some((name.to_owned(), data.map(str::to_owned)));
     assert_eq!(parts(r#"["heartbeat"]"#), named("heartbeat", None));
     assert_eq!(parts(r#"["a",{"b":1},2,[3]]"#), named("a", Some(r#"{"b":1}"#)));
