@@ -194,6 +194,7 @@ mod tests {
         inventory_catalogues,
         ledger_notices,
         ledger_replies,
+        ledger_streams,
         callers_forwarded,
     );
 
