@@ -7,7 +7,7 @@ use std::net::{IpAddr, Ipv4Addr};
 
 use crate::callers::{Addresses, Quota, Range};
 use crate::rpc::wire::{Call, Packet, Pattern};
-use crate::{gateway, inventory, ledger, rpc};
+use crate::{gateway, inventory, ledger, rpc, telemetry};
 
 /// A decoder and its name: that of its target in `fuzz/` and of the folder of its seeds.
 pub type Target = (&'static str, fn(&[u8]));
@@ -27,6 +27,7 @@ pub const TARGETS: &[Target] = &[
     ("ledger_replies", ledger::fuzzing::replies),
     ("ledger_streams", ledger::fuzzing::streams),
     ("callers_forwarded", forwarded),
+    ("telemetry_headers", telemetry::fuzz),
 ];
 
 /// Gives a target its input.
@@ -196,6 +197,7 @@ mod tests {
         ledger_replies,
         ledger_streams,
         callers_forwarded,
+        telemetry_headers,
     );
 
     /// Here, in `fuzz/`, and in its folder of seeds are the same targets.
