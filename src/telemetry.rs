@@ -260,9 +260,9 @@ mod tests {
         let log = tracing_subscriber::registry().with(EnvFilter::new("warn"));
         tracing::subscriber::with_default(log, || {
             let text = format!("01-{TRACE}-{PARENT}-01");
-            let long = format!(" {text}-{}", "x".repeat(1000));
+            let later = format!(" {text}-{}", "x".repeat(1000));
             let of = |parent| session(Headers { parent, state: Some("a=b") });
-            let (trace, span) = of(Some(&long)).expect("a trace");
+            let (trace, span) = of(Some(&later)).expect("a trace");
             // Nothing is exported here: there is nobody to pass the rest on to.
             assert_eq!((&*trace.parent, &*trace.state, span.is_disabled()), (text.as_str(), "", false));
             assert!(of(Some("00-")).is_none() && of(None).is_none());
@@ -307,7 +307,7 @@ mod tests {
         for (state, passed) in [
             ("", ""),
             ("congo=t61rcWkgMzE, rojo=00f067aa0ba902b7", "congo=t61rcWkgMzE, rojo=00f067aa0ba902b7"),
-            (long.as_str(), &long[..2 * 202 + 1]),
+            (long.as_str(), &long[..=2 * 202]),
             (&"x".repeat(513), ""),
             (&"x".repeat(512), &"x".repeat(512)),
             ("a=b\nc=d", ""),
