@@ -7,7 +7,7 @@ use std::net::{IpAddr, Ipv4Addr};
 
 use crate::callers::{Addresses, Quota, Range};
 use crate::rpc::wire::{Call, Packet, Pattern};
-use crate::{gateway, inventory, ledger, rpc};
+use crate::{gateway, inventory, ledger, rpc, telemetry};
 
 /// A decoder and its name: that of its target in `fuzz/` and of the folder of its seeds.
 pub type Target = (&'static str, fn(&[u8]));
@@ -28,6 +28,7 @@ pub const TARGETS: &[Target] = &[
     ("ledger_replies", ledger::fuzzing::replies),
     ("ledger_streams", ledger::fuzzing::streams),
     ("callers_forwarded", forwarded),
+    ("telemetry_headers", telemetry::fuzz),
 ];
 
 /// Gives a target its input.
@@ -195,7 +196,9 @@ mod tests {
         inventory_catalogues,
         ledger_notices,
         ledger_replies,
+        ledger_streams,
         callers_forwarded,
+        telemetry_headers,
     );
 
     /// Here, in `fuzz/`, and in its folder of seeds are the same targets.

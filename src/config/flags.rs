@@ -101,6 +101,7 @@ pub(super) const FLAGS: &[Flag] = &[
     flag(TOKENS, "jwt-secret-file", "PATH", None, "The same, read from a file; the end of its line is not part of it"),
     flag(TOKENS, "jwt-public-key-file", "PATH", None, "The public key of signed tokens, a PEM file"),
     flag(TOKENS, "jwks-url", "URL", None, "Where the identity service publishes its keys, http:// or https://"),
+    flag(TOKENS, "jwks-url-file", "PATH", None, "The same, read from a file, because it may hold a password"),
     flag(TOKENS, "jwt-issuer", "TEXT", None, "The issuer that tokens must name; without it any"),
     flag(TOKENS, "jwt-audience", "TEXT", None, "The audience that tokens must name; without it any"),
     flag(

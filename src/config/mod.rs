@@ -145,7 +145,7 @@ const REDIS_SCHEMES: &[&str] =
 
 /// Settings that hold a secret, or a URL that may: each can be given as `FLAG-file` instead, the path of a file with
 /// the value. Orchestrators mount secrets so, and a file is in no list of processes and in no dump of variables.
-const FROM_FILES: &[&str] = &["jwt-secret", "redis-url", "amqp-url", "events-url"];
+const FROM_FILES: &[&str] = &["jwt-secret", "jwks-url", "redis-url", "amqp-url", "events-url"];
 
 /// A secret or a URL is far shorter; more is some other file.
 const SECRET_FILE_BYTES_MAX: u64 = 64 * 1024;

@@ -134,7 +134,7 @@ pub(super) struct Actor {
     pub deadline: Instant,
     moving: Moving,
     /// The trace that the client says it belongs to, as it says so.
-    trace: Option<Box<str>>,
+    trace: Option<Box<telemetry::Trace>>,
 }
 
 /// How a session stands with a drain of its replica.
@@ -183,7 +183,7 @@ impl Actor {
     }
 
     /// Notes which trace the client says it belongs to.
-    pub fn belongs_to(&mut self, trace: Box<str>) {
+    pub fn belongs_to(&mut self, trace: Box<telemetry::Trace>) {
         self.trace = Some(trace);
     }
 

@@ -9,10 +9,14 @@ use hyper::upgrade::OnUpgrade;
 
 use super::handshake::Guest;
 use super::line::Line;
+use crate::telemetry;
 
 /// What the transport and the handshake of the namespace still read. The map has room for six in its least memory.
 const KEPT: [HeaderName; 3] =
     [header::AUTHORIZATION, header::SEC_WEBSOCKET_KEY, HeaderName::from_static("traceparent")];
+
+/// What is kept where spans are exported.
+const STATE: HeaderName = HeaderName::from_static("tracestate");
 
 /// The same request in little memory. Posts open no session and stay as they are.
 pub fn compact<B>(request: Request<B>) -> Request<B> {
@@ -25,6 +29,19 @@ pub fn compact<B>(request: Request<B>) -> Request<B> {
         // A value that was read from a connection can be read again.
         if let Some(Ok(value)) = parts.headers.get(&name).map(|value| HeaderValue::from_bytes(value.as_bytes())) {
             headers.insert(name, value);
+        }
+    }
+    if telemetry::exports() {
+        // A little more than is passed on, so that it shows where it was cut.
+        let mut room = telemetry::STATE_BYTES_MAX + 1;
+        for value in parts.headers.get_all(&STATE) {
+            let part = &value.as_bytes()[..value.len().min(room)];
+            if let Ok(copy) = HeaderValue::from_bytes(part)
+                && room > 0
+            {
+                headers.append(STATE, copy);
+            }
+            room -= part.len();
         }
     }
     if let Ok(uri) = parts.uri.to_string().parse::<Uri>() {

@@ -22,7 +22,7 @@ use super::line::Line;
 use super::wire::Auth;
 use crate::callers::{Address, Caller, Connection};
 use crate::domain::UserId;
-use crate::metrics;
+use crate::{metrics, telemetry};
 
 /// Which pages may use the service from a browser.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -152,12 +152,30 @@ fn same_user(query: &str, user: UserId) -> bool {
         .all(|(_, id)| id.parse::<UserId>() == Ok(user))
 }
 
-/// Which trace a client says that its session belongs to: in the header `traceparent` of its handshake or, as browsers
-/// cannot set headers, in its query.
-pub(super) fn traceparent(parts: &Parts) -> Option<Cow<'_, str>> {
-    let in_header = parts.headers.get("traceparent").and_then(|value| value.to_str().ok());
-    let in_query = || value_of(parts.uri.query().unwrap_or_default(), "traceparent");
-    in_header.map(Cow::Borrowed).or_else(|| in_query().map(Cow::Owned))
+/// Which trace a client says that its session belongs to.
+pub(super) struct Trace<'a> {
+    parent: Option<Cow<'a, str>>,
+    state: Option<Cow<'a, str>>,
+}
+
+impl<'a> Trace<'a> {
+    /// From the headers of its handshake or, as browsers cannot set them, from its query.
+    pub(super) fn of(parts: &'a Parts) -> Self {
+        let said = |name: &str| {
+            let mut in_headers = parts.headers.get_all(name).iter().filter_map(|value| value.to_str().ok());
+            match in_headers.next() {
+                Some(first) => Some(in_headers.fold(Cow::Borrowed(first), |all, next| format!("{all},{next}").into())),
+                None => value_of(parts.uri.query().unwrap_or_default(), name).map(Cow::Owned),
+            }
+        };
+        let parent = said("traceparent");
+        let state = if parent.is_some() && telemetry::exports() { said("tracestate") } else { None };
+        Self { parent, state }
+    }
+
+    pub(super) fn headers(&self) -> telemetry::Headers<'_> {
+        telemetry::Headers { parent: self.parent.as_deref(), state: self.state.as_deref() }
+    }
 }
 
 /// Whom a handshake is for.

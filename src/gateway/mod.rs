@@ -48,6 +48,7 @@ use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tower::Service as _;
+use tracing::Instrument as _;
 
 use self::auth::TokenVerifier;
 use self::compact::compact;
@@ -67,7 +68,7 @@ use crate::domain::{self, RateLimit, UserId};
 use crate::fanout::{Audience, Fanout};
 use crate::inventory::Stock;
 use crate::ledger::Ledger;
-use crate::metrics;
+use crate::{metrics, telemetry};
 
 /// The Socket.IO namespace.
 const NAMESPACE: &str = "/realtime";
@@ -473,10 +474,13 @@ impl Gateway {
 fn listen(io: &SocketIo, shared: &Weak<Shared>) {
     let (greeting, beginning) = (shared.clone(), shared.clone());
     let greet = move |socket: SocketRef, weak: WeakSocket, TryData(auth): TryData<Auth>| async move {
+        let (span, request) = telemetry::from_handshake(handshake::Trace::of(socket.req_parts()).headers());
         let greeted = match greeting.upgrade() {
-            Some(shared) => shared.greet(socket, weak, auth.unwrap_or_default()).await,
+            Some(shared) => shared.greet(socket, weak, auth.unwrap_or_default()).instrument(span).await,
             None => Err(Refused::Unavailable),
         };
+        let outcome = greeted.as_ref().map_or_else(|refused| refused.as_str(), |()| "ok");
+        request.ends("connect", outcome, greeted == Err(Refused::Unavailable));
         greeted.inspect_err(|refused| metrics::GATEWAY_REFUSED.count(&[refused.as_str()]))
     };
     let begin = move |socket: SocketRef| {

@@ -576,9 +576,9 @@ impl Shared {
         let actor = socket.extensions.remove::<Arc<Mutex<Option<Actor>>>>().and_then(|actor| lock(&actor).take());
         let Some(mut actor) = actor else { return };
         let session = Arc::clone(&actor.session);
-        let traceparent = handshake::traceparent(socket.req_parts());
+        let trace = handshake::Trace::of(socket.req_parts());
         // Boxed where there is a span, so that the others have no room for one.
-        match telemetry::session(traceparent.as_deref()) {
+        match telemetry::session(trace.headers()) {
             Some((trace, span)) => {
                 actor.belongs_to(trace);
                 self.tasks.spawn(Box::pin(actor.live().instrument(span)))

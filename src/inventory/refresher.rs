@@ -20,6 +20,7 @@ use tokio_util::task::TaskTracker;
 use super::{SourceError, SourceErrorKind, StockSource};
 use crate::domain::{
     AcceptOutcome, AskOutcome, Availability, EventId, LockOutcome, LockRequest, RestoreOutcome, RestoreRequest,
+    Snapshot, SnapshotNumber,
 };
 use crate::ledger::{ErrorKind, Ledger, LedgerError};
 use crate::metrics;
@@ -39,6 +40,8 @@ const REMEMBERED_MAX: usize = 10_000;
 const FLIGHTS_MAX: usize = 1024;
 /// A miss that finds a snapshot this young does not ask: another replica just did.
 const FRESH_ENOUGH: Duration = Duration::from_secs(1);
+/// Counts of whatever age say that an event once was one.
+const ANY_AGE: Duration = Duration::from_hours(24);
 /// How often a failed refresh that nobody watches is tried again, with doubling pauses from [`RETRY_FIRST`]: 12.6 s.
 const RETRIES_MAX: u32 = 6;
 /// The pause before the first retry.
@@ -168,6 +171,8 @@ enum Fetched {
     Fresh,
     /// The source does not know the event.
     NotFound,
+    /// The source does not know the event any more. The ledger holds it as closed.
+    Gone,
     /// No answer.
     Failed(SourceError),
 }
@@ -426,7 +431,7 @@ impl Shared {
         }
         for wanted in [Wanted::Any { age_min: age.min(FRESH_ENOUGH) }, Wanted::Newer] {
             match self.fetch(event, wanted).await {
-                Fetched::Stored | Fetched::Fresh => {
+                Fetched::Stored | Fetched::Fresh | Fetched::Gone => {
                     if let Some(answer) = ask(age).await? {
                         return Ok(answer);
                     }
@@ -524,23 +529,41 @@ impl Shared {
         let answer = timeout(limit, self.source.snapshot(event)).await.unwrap_or(Err(SourceError::Timeout(limit)));
         metrics::INVENTORY_QUESTION_SECONDS.observe(&[], started.elapsed());
         match answer {
-            Ok(snapshot) => match self.ledger.accept(event, number, &snapshot).await {
-                Ok(AcceptOutcome::Accepted) => Fetched::Stored,
-                Ok(AcceptOutcome::Older) => {
-                    metrics::INVENTORY_OLDER.count(&[]);
-                    Fetched::Stored
-                }
-                Err(error) => ledger_failed(event, &error),
-            },
-            Err(SourceError::EventNotFound) => Fetched::NotFound,
+            Ok(snapshot) => self.store(event, number, &snapshot, Fetched::Stored).await,
+            Err(SourceError::EventNotFound) => self.missing(event, number).await,
             Err(why) => Fetched::Failed(why),
         }
+    }
+
+    async fn store(&self, event: EventId, number: SnapshotNumber, snapshot: &Snapshot, stored: Fetched) -> Fetched {
+        match self.ledger.accept(event, number, snapshot).await {
+            Ok(AcceptOutcome::Accepted) => stored,
+            Ok(AcceptOutcome::Older) => {
+                metrics::INVENTORY_OLDER.count(&[]);
+                stored
+            }
+            Err(error) => ledger_failed(event, &error),
+        }
+    }
+
+    /// The source does not know the event. If it did, the event is closed: nothing of what its room sees could be locked
+    /// for long. Of events that somebody invented nothing is written down.
+    async fn missing(&self, event: EventId, number: SnapshotNumber) -> Fetched {
+        let counts = match self.ledger.availability(event, ANY_AGE).await {
+            Ok(Some(counts)) => counts,
+            Ok(None) => return Fetched::NotFound,
+            Err(error) => return ledger_failed(event, &error),
+        };
+        if counts.iter().any(|category| category.open) {
+            tracing::warn!(%event, "the events-service does not know an event any more; its sale is closed");
+        }
+        self.store(event, number, &Snapshot { open: false, categories: Vec::new() }, Fetched::Gone).await
     }
 
     /// Remembers, counts and logs what became of a question; of a streak of failures only the first and the end.
     fn note(&self, event: EventId, fetched: &Fetched) {
         let now = Instant::now();
-        if matches!(fetched, Fetched::Stored | Fetched::Fresh)
+        if matches!(fetched, Fetched::Stored | Fetched::Fresh | Fetched::Gone)
             && let Some(watched) = lock(&self.watched).get_mut(&event)
         {
             watched.fresh_at = now;
@@ -554,6 +577,10 @@ impl Shared {
             Fetched::NotFound => {
                 self.answered(event);
                 lock(&self.memory).unknown.put(event, now + UNKNOWN_TTL, (), now);
+                "event_not_found"
+            }
+            Fetched::Gone => {
+                self.answered(event);
                 "event_not_found"
             }
             Fetched::Failed(why) => {
@@ -607,7 +634,7 @@ impl Shared {
             for attempt in 0..RETRIES_MAX {
                 match landed(&mut answer).await {
                     Fetched::Failed(why) if why.is_retryable() => {}
-                    Fetched::Stored | Fetched::Fresh | Fetched::NotFound | Fetched::Failed(_) => return,
+                    Fetched::Stored | Fetched::Fresh | Fetched::NotFound | Fetched::Gone | Fetched::Failed(_) => return,
                 }
                 tokio::select! {
                     () = sleep(jitter(RETRY_FIRST * 2_u32.pow(attempt))) => {}
@@ -629,7 +656,7 @@ impl Shared {
             // Half an interval: whoever asked within it spares us a question, and stock gets at most 1.6 intervals old.
             let fetched = self.fetch(event, Wanted::Any { age_min: refresh / 2 }).await;
             failures = match fetched {
-                Fetched::Stored | Fetched::Fresh => 0,
+                Fetched::Stored | Fetched::Fresh | Fetched::Gone => 0,
                 Fetched::NotFound | Fetched::Failed(_) => failures.saturating_add(1),
             };
             let pause = match failures {

@@ -22,7 +22,7 @@ use crate::domain::{
     ReleaseOutcome, Releaser, ReplicaId, ReplicaReport, RestoreOutcome, RestoreRequest, SessionId, Snapshot,
     SnapshotNumber, UserId, ValidateOutcome, ValidateRequest, whole_ms,
 };
-use crate::metrics;
+use crate::{metrics, telemetry};
 
 /// A replica whose lease was not renewed for so long is dead. Five beats.
 const LEASE: Duration = Duration::from_secs(5);
@@ -668,7 +668,9 @@ impl Ledger for RedisLedger {
         let (claimed_ms, next_ms, events) = reply::due::<EventId>(self.run(&script::DUE, call).await?)?;
         let mut swept = Swept::default();
         let mut next = u64::try_from(next_ms).ok().map(Duration::from_millis);
-        for one in join_all(events.into_iter().map(|event| self.sweep_event(event, claimed_ms))).await {
+        let sweep =
+            |event| telemetry::work("sweep", self.sweep_event(event, claimed_ms), |error| error.kind().as_str());
+        for one in join_all(events.into_iter().map(sweep)).await {
             let one = one?;
             swept.expired += one.expired;
             if one.refresh {

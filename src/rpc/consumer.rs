@@ -29,7 +29,7 @@ use super::reply::{Replies, ReplyError};
 use super::wire::{self, Answer, Call, Packet, Pattern};
 use crate::ledger::LedgerError;
 use crate::metrics;
-use crate::telemetry::{Request, from_queue};
+use crate::telemetry::{Headers, Request, from_queue};
 
 /// Pauses between attempts double from the first to the last.
 const PAUSE_MIN: Duration = Duration::from_millis(100);
@@ -303,7 +303,7 @@ impl Consumer {
         let worker = Arc::clone(&self.worker);
         // The channel must outlive the acknowledgement: dropping its last handle closes it.
         let (on, channel) = (Arc::clone(session), channel.clone());
-        let (span, request) = from_queue(&self.options.queue, traceparent(&delivery));
+        let (span, request) = from_queue(&self.options.queue, headers(&delivery));
         let work = async move {
             worker.work(&on, delivery, request).await;
             drop(channel);
@@ -540,11 +540,14 @@ impl Worker {
 }
 
 /// What the sender says of its trace.
-fn traceparent(delivery: &Delivery) -> Option<&str> {
-    let value = delivery.properties.headers().as_ref()?.inner().get("traceparent")?;
-    // The only text that clients send in headers.
-    let AMQPValue::LongString(text) = value else { return None };
-    std::str::from_utf8(text.as_bytes()).ok()
+fn headers(delivery: &Delivery) -> Headers<'_> {
+    let text = |name: &str| {
+        let value = delivery.properties.headers().as_ref()?.inner().get(name)?;
+        // The only text that clients send in headers.
+        let AMQPValue::LongString(text) = value else { return None };
+        std::str::from_utf8(text.as_bytes()).ok()
+    };
+    Headers { parent: text("traceparent"), state: text("tracestate") }
 }
 
 /// An outage of Redis is logged by the ledger, once; here it would be once per message.

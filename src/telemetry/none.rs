@@ -17,12 +17,12 @@ impl Request {
     pub fn ends(self, _name: &'static str, _outcome: &'static str, _failed: bool) {}
 }
 
-/// The exported span of a script call: there is none.
+/// The exported span of a script call, or of work that nobody asked for: there is none.
 #[derive(Debug)]
-pub struct Script(Infallible);
+pub struct Work(Infallible);
 
-impl Script {
-    /// Says how the call ended.
+impl Work {
+    /// Says how it ended.
     pub fn ends(self, _outcome: Result<&str, &'static str>) {
         match self.0 {}
     }
@@ -30,8 +30,19 @@ impl Script {
 
 /// The span of a script call.
 #[must_use]
-pub fn script(_name: &'static str) -> Option<Script> {
+pub fn script(_name: &'static str) -> Option<Work> {
     None
+}
+
+/// The spans of work that nobody asked for.
+pub(super) fn work(_name: &'static str) -> Option<(Span, Work)> {
+    None
+}
+
+/// Whether spans are exported.
+#[must_use]
+pub const fn exports() -> bool {
+    false
 }
 
 /// Returns when what was recorded has been sent.

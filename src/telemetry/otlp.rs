@@ -1,4 +1,5 @@
-//! The export of spans: one for each request, one below it for each script call, sent by OTLP over HTTP.
+//! The export of spans: one for each request and each sweep of an event, one below it for each script call, sent by OTLP
+//! over HTTP.
 //!
 //! Owns the exporter, its HTTP client and what is logged about it. Its invariant: nothing here waits for the collector
 //! but [`flush`]. Spans go into a bounded queue; when it is full they are lost.
@@ -7,6 +8,7 @@
 
 use std::borrow::Cow;
 use std::fmt;
+use std::str::FromStr as _;
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -121,12 +123,12 @@ impl Request {
     }
 }
 
-/// The exported span of a script call.
+/// The exported span of a script call, or of work that nobody asked for.
 #[derive(Debug)]
-pub struct Script(Open);
+pub struct Work(Open);
 
-impl Script {
-    /// Says how the call ended: with the word of its reply, or with a kind of error.
+impl Work {
+    /// Says how it ended: with the word of its reply, or with a kind of error.
     pub fn ends(self, outcome: Result<&str, &'static str>) {
         self.0.close(outcome);
     }
@@ -229,12 +231,14 @@ fn remote(parent: TraceParent<'_>) -> Option<SpanContext> {
     let trace = TraceId::from_hex(parent.trace).ok()?;
     let span = SpanId::from_hex(parent.parent).ok()?;
     let flags = TraceFlags::default().with_sampled(parent.sampled);
-    Some(SpanContext::new(trace, span, flags, true, TraceState::default()))
+    // One that cannot be read is dropped alone, as W3C has it.
+    let state = TraceState::from_str(parent.state).unwrap_or_default();
+    Some(SpanContext::new(trace, span, flags, true, state))
 }
 
 /// The span of a script call, below that of the request in work; `None` when that one is not exported.
 #[must_use]
-pub fn script(name: &'static str) -> Option<Script> {
+pub fn script(name: &'static str) -> Option<Work> {
     EXPORTER.get()?;
     let above = carried()?;
     if !above.span().span_context().is_sampled() {
@@ -245,7 +249,23 @@ pub fn script(name: &'static str) -> Option<Script> {
         KeyValue::new("db.operation.name", "EVALSHA"),
         KeyValue::new("db.stored_procedure.name", name),
     ];
-    Open::begin(format!("EVALSHA {name}").into(), SpanKind::Client, attributes, &above).map(Script)
+    Open::begin(format!("EVALSHA {name}").into(), SpanKind::Client, attributes, &above).map(Work)
+}
+
+/// The spans of work that nobody asked for: of its log lines and the exported one, in a trace of its own. `None` when
+/// nothing is exported.
+pub(super) fn work(name: &'static str) -> Option<(Span, Work)> {
+    let open = Open::begin(name.into(), SpanKind::Internal, Vec::new(), &Context::new())?;
+    let trace = open.context.span().span_context().trace_id().to_string();
+    let span = tracing::error_span!(parent: None, "work", name, trace_id = trace.as_str());
+    carry(&span, &open.context);
+    Some((span, Work(open)))
+}
+
+/// Whether spans are exported.
+#[must_use]
+pub fn exports() -> bool {
+    EXPORTER.get().is_some()
 }
 
 // ---- the way from a request to its script calls -------------------------------------------------------------------

@@ -85,6 +85,7 @@ fn help_explains_every_flag_and_variable() {
         "jwt-audience",
         "jwt-events-claim",
         "jwt-secret-file",
+        "jwks-url-file",
         "redis-url-file",
         "amqp-url-file",
         "events-url-file",
@@ -333,6 +334,10 @@ fn secrets_are_read_from_files() {
     assert!(!format!("{config:?}").contains("hunter2"));
     let flag = parse(&["--jwt-secret-file", &key], &given[1..]).expect("the flag does too");
     assert_eq!(flag.token_key, config.token_key);
+    let jwks = file("jwks", b"https://u:hunter2@id.example/keys\n");
+    let fetched = parse(&["--jwks-url-file", &jwks], &given[1..]).expect("a token key");
+    assert_eq!(fetched.token_key, TokenKey::Jwks(config::SecretUrl::new("https://u:hunter2@id.example/keys")));
+    assert!(!format!("{fetched:?}").contains("hunter2"));
 
     let long = file("long", &vec![b'x'; 100_000]);
     for (path, what) in [

@@ -561,6 +561,34 @@ async fn an_unknown_event_is_remembered_for_a_while() {
     assert_eq!(free(&stock).await.expect("known now"), 10);
 }
 
+/// The source no longer knows an event that had stock: it is closed from the answer on, for those who watch it and for those
+/// who would lock; what is held stays held. An event that it never knew leaves nothing in the ledger, and one that it knows
+/// again is open again.
+#[tokio::test(start_paused = true)]
+async fn an_event_that_is_gone_is_closed() {
+    let (ledger, source) = (ledger(), Scripted::new(Ok(snapshot(&[(1, 10, 10)]))));
+    let stock = stock(&ledger, &source);
+    let granted = stock.lock(request(event(1), 1, 1, 2)).await.expect("an outcome");
+    assert!(matches!(granted, LockOutcome::Granted { .. }), "{granted:?}");
+    source.rule(Err(SourceError::EventNotFound));
+    stock.refresh(event(1));
+    sleep(Duration::from_millis(200)).await;
+    for pause in [Duration::ZERO, 3 * REFRESH] {
+        sleep(pause).await;
+        let counts = stock.availability(event(1)).await.expect("known once")[0];
+        assert_eq!((counts.open, counts.available(), counts.active), (false, 0, 2));
+        let refused = stock.lock(request(event(1), 1, 2, 1)).await.expect("an outcome");
+        assert_eq!(refused, LockOutcome::Closed);
+    }
+    let invented = stock.lock(request(event(9), 1, 2, 1)).await;
+    assert!(matches!(invented, Err(StockError::EventNotFound)), "{invented:?}");
+    assert_eq!(ledger.availability(event(9), Duration::MAX).await.expect("an answer"), None);
+    source.rule(Ok(snapshot(&[(1, 10, 10)])));
+    stock.refresh(event(1));
+    sleep(Duration::from_millis(200)).await;
+    assert_eq!(free(&stock).await.expect("known"), 8);
+}
+
 /// The source dies. Known stock is served and locked from until it is as old as allowed, then nothing is; when the source
 /// is back, so is the stock.
 #[tokio::test(start_paused = true)]

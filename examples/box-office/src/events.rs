@@ -20,7 +20,7 @@ const EVENTS: &str = r#"
             select json_agg(json_build_object(
                 'id', c.id, 'categoryName', c.name, 'price', c.price::text, 'totalSeats', c.total_seats,
                 'reservedSeats', c.reserved_seats, 'availableSeats', c.total_seats - c.reserved_seats,
-                'isActive', c.is_active, 'eventId', c.event_id) order by c.id)
+                'isActive', c.is_active and e.is_active, 'eventId', c.event_id) order by c.id)
             from events.category c where c.event_id = e.id), '[]'))
     from events.event e where $1::bigint is null or e.id = $1 order by e.id"#;
 

@@ -63,6 +63,7 @@ async function main() {
   await app.listen();
   serve({
     put: async (event) => stock.put(event),
+    remove: async ({ eventId }) => { stock.events.delete(eventId); },
     read: async ({ eventId }) => stock.categories(eventId),
     sell: async (sale) => stock.reserve(sale),
     asked: async () => stock.asked,

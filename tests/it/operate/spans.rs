@@ -110,6 +110,9 @@ fn is_error(span: &Span) -> bool {
     span.status.as_ref().is_some_and(|status| status.code() == Status::Error)
 }
 
+/// What others of the trace have told each other.
+const STATE: &str = "rojo=00f067aa0ba902b7,congo=t61rcWkgMzE";
+
 fn traceparent(trace: &str, flags: &str) -> String {
     format!("00-{trace}-{PARENT}-{flags}")
 }
@@ -125,10 +128,11 @@ fn replica(endpoint: &str, more: &[(&str, &str)]) -> Seatlock {
     Seatlock::start(&[], &[&env, more].concat())
 }
 
-/// A socket whose client says so of its trace.
+/// A socket whose client says so of its trace, in its query: browsers can set no headers.
 async fn socket(replica: &Seatlock, user: u64, traceparent: Option<String>) -> Raw {
     let address: SocketAddr = replica.url.trim_start_matches("http://").parse().expect("an address");
-    let query = traceparent.map_or(String::new(), |text| format!("traceparent={text}"));
+    let state = STATE.replace('=', "%3D").replace(',', "%2C");
+    let query = traceparent.map_or(String::new(), |text| format!("traceparent={text}&tracestate={state}"));
     let mut socket = Raw::open(address, &query, None).await.expect("a transport");
     socket.connect(&json!({ "token": token(user) })).await;
     socket.expect("connected").await;
@@ -148,8 +152,9 @@ async fn until_ready(replica: &Seatlock) {
 }
 
 /// A buyer's lock over a socket and its confirmation over RabbitMQ, each in a trace of its caller: the collector gets a span
-/// of each below its caller's, and one of the script below that. Callers who name no trace get one each; of one who does
-/// not sample nothing is sent. Nothing is sent before the drain, so all of it comes with the last flush.
+/// of each below its caller's, and one of the script below that, and what others of the trace have told each other goes on with
+/// both. Handshakes have one too. Callers who name no trace get one each; of one who does not sample nothing is sent. Nothing
+/// is sent before the drain, so all of it comes with the last flush.
 #[tokio::test]
 async fn spans_lead_from_the_caller_to_the_script() {
     let collector = Collector::default();
@@ -181,6 +186,7 @@ async fn spans_lead_from_the_caller_to_the_script() {
     let paid = json!({ "lockId": bought["lockId"], "orderId": "A" });
     let mut headers = FieldTable::default();
     headers.insert("traceparent".into(), AMQPValue::LongString(traceparent(OF_MESSAGE, "01").into()));
+    headers.insert("tracestate".into(), AMQPValue::LongString(STATE.into()));
     assert_eq!(orders.ask_with("confirm-ticket-lock", &paid, headers).await, true);
     assert_eq!(orders.ask("confirm-ticket-lock", &paid).await, true);
     for socket in [unsampled, buyer, nameless] {
@@ -206,23 +212,31 @@ async fn spans_lead_from_the_caller_to_the_script() {
         assert_eq!((&call.parent_span_id, call.kind()), (&above.span_id, SpanKind::Client), "{call:#?}");
         let names = ["db.system.name", "db.operation.name", "db.stored_procedure.name", "seatlock.outcome"];
         assert_eq!(says(&call, names), ["redis", "EVALSHA", script, outcome]);
+        assert_eq!((above.trace_state.as_str(), call.trace_state.as_str()), (STATE, STATE));
         assert!(above.start_time_unix_nano <= call.start_time_unix_nano, "{call:#?}");
         assert!(call.end_time_unix_nano <= above.end_time_unix_nano, "{call:#?}");
     }
 
+    let greeted = collector.one(OF_SOCKET, "connect").await;
+    assert_eq!((hex(&greeted.parent_span_id).as_str(), greeted.kind()), (PARENT, SpanKind::Server));
+    assert_eq!(says(&greeted, ["rpc.system.name", "rpc.method", "seatlock.outcome"]), ["socket.io", "connect", "ok"]);
+
     let all = collector.all();
-    let roots: Vec<_> = all.iter().map(|(_, span)| span).filter(|span| span.parent_span_id.is_empty()).collect();
+    let roots = all.iter().map(|(_, span)| span).filter(|span| span.parent_span_id.is_empty());
+    // What a sweep looks at, and when, is not what this is about.
+    let roots: Vec<_> = roots.filter(|span| span.name != "sweep").collect();
     let mut names: Vec<_> = roots.iter().map(|root| (root.name.as_str(), says(root, ["seatlock.outcome"]))).collect();
     names.sort_unstable();
     let outcome = |name| [String::from(name)];
     let due = [
+        ("connect", outcome("ok")),
         ("lock-tickets", outcome("already_locked")),
         ("lock-tickets", outcome("ok")),
         ("process realtime_queue", outcome("answered")),
     ];
     assert_eq!(names, due, "of callers who name no trace, and of nothing that nobody asked for");
     let log: Vec<Value> = replica.log().iter().filter_map(|line| serde_json::from_str(line).ok()).collect();
-    for root in roots {
+    for root in roots.into_iter().filter(|root| root.name != "connect") {
         let trace = hex(&root.trace_id);
         assert!(log.iter().any(|line| line["span"]["trace_id"] == trace), "{trace} in {log:#?}");
         assert!(all.iter().any(|(_, span)| span.parent_span_id == root.span_id), "no call below {root:#?}");
@@ -264,6 +278,53 @@ async fn the_sampler_decides_about_roots_only() {
     for (sender, span) in collector.all() {
         assert_eq!(hex(&span.trace_id), OF_SOCKET, "{span:#?}");
         assert_eq!(sender["service.name"], "box-office-seats");
+    }
+}
+
+/// What nobody asked for has traces of its own, where there was something to do: the sweep that ends a lock, with its scripts
+/// below it. A refused handshake has its word, and is no error.
+#[tokio::test]
+async fn sweeps_and_refused_handshakes_have_spans() {
+    let collector = Collector::default();
+    let (redis, endpoint) = tokio::join!(RedisServer::start(), collector.start());
+    let url = redis.url();
+    let more = [
+        ("SEATLOCK_REDIS_URL", url.as_str()),
+        ("SEATLOCK_LOCK_TTL", "1s"),
+        ("SEATLOCK_EXPIRY_WARNING", "500ms"),
+        ("OTEL_BSP_SCHEDULE_DELAY", "50"),
+        ("SEATLOCK_LOG", "info"),
+    ];
+    let replica = replica(&endpoint, &more);
+    until_ready(&replica).await;
+    let address: SocketAddr = replica.url.trim_start_matches("http://").parse().expect("an address");
+    let parent = traceparent(OF_SOCKET, "01");
+    let headers = [("traceparent", parent.as_str()), ("tracestate", "rojo=1"), ("tracestate", "congo=2")];
+    let mut stranger = Raw::open_with(address, "", &headers).await.expect("a transport");
+    assert_eq!(stranger.refusal(&json!({ "token": "eyJ" })).await, "unauthorized");
+    let refused = collector.one(OF_SOCKET, "connect").await;
+    assert_eq!(says(&refused, ["seatlock.outcome", "error.type"]), ["unauthorized", ""]);
+    assert!(!is_error(&refused) && refused.trace_state == "rojo=1,congo=2", "{refused:#?}");
+
+    let mut buyer = socket(&replica, 7, None).await;
+    assert_eq!(buyer.ask("lock-tickets", &wanted()).await["success"], true);
+    buyer.expect("lock-expired").await;
+    let start = Instant::now();
+    loop {
+        let all: Vec<Span> = collector.all().into_iter().map(|(_, span)| span).collect();
+        let sweeps = all.iter().filter(|span| span.name == "sweep" && span.parent_span_id.is_empty());
+        let mut ended = sweeps.filter(|sweep| {
+            let below = |span: &&Span| span.parent_span_id == sweep.span_id && span.trace_id == sweep.trace_id;
+            let names: Vec<_> = all.iter().filter(below).map(|span| span.name.as_str()).collect();
+            sweep.kind() == SpanKind::Internal
+                && ["EVALSHA sweep", "EVALSHA plan"].iter().all(|name| names.contains(name))
+        });
+        if let Some(sweep) = ended.next() {
+            assert_eq!(says(sweep, ["seatlock.outcome", "error.type"]), ["ok", ""]);
+            return;
+        }
+        assert!(start.elapsed() < PATIENCE, "no sweep: {all:#?}");
+        tokio::time::sleep(Duration::from_millis(50)).await;
     }
 }
 

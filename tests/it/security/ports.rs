@@ -1,5 +1,6 @@
 //! Oversized, deep, truncated and unreadable input on the port that the world can reach.
 
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use reqwest::{Client, StatusCode, header};
@@ -12,8 +13,8 @@ use super::House;
 use crate::support::gateway::{Raw, token};
 
 /// What comes back for these bytes until the connection ends or nothing comes for a while.
-async fn raw_http(house: &House, bytes: &[u8]) -> String {
-    let mut stream = TcpStream::connect(house.address).await.expect("a connection");
+async fn raw_http(address: SocketAddr, bytes: &[u8]) -> String {
+    let mut stream = TcpStream::connect(address).await.expect("a connection");
     // The answer may come, and the connection end, before everything is sent.
     stream.write_all(bytes).await.ok();
     let mut answer = vec![0; 64 * 1024];
@@ -27,10 +28,26 @@ async fn raw_http(house: &House, bytes: &[u8]) -> String {
     String::from_utf8_lossy(&answer[..len]).into_owned()
 }
 
-/// Requests that are no HTTP, or too much of it, get a 4xx or a closed connection; the process goes on.
+/// Requests that are no HTTP, or too much of it, get a 4xx or a closed connection, on the operators' port too; the process goes
+/// on.
 #[tokio::test(flavor = "multi_thread")]
 async fn http_that_is_none() {
     let house = House::start(&[]);
+    http_is_refused(house.address).await;
+    house.is_well(&["passwd"]).await;
+
+    let mut house = House::start(&[("SEATLOCK_ADMIN_LISTEN", "127.0.0.1:0")]);
+    let admin = house.service.logged("serving admin")["listen"].as_str().and_then(|text| text.parse().ok());
+    let admin = admin.expect("an address");
+    http_is_refused(admin).await;
+    let lives = raw_http(admin, b"GET /livez HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n").await;
+    assert!(lives.starts_with("HTTP/1.1 200"), "{lives}");
+    for line in house.service.log() {
+        assert!(!line.contains("panicked") && !line.contains("passwd"), "{line}");
+    }
+}
+
+async fn http_is_refused(address: SocketAddr) {
     let long = "x".repeat(100_000);
     let many = "x: y\r\n".repeat(500);
     for request in [
@@ -51,12 +68,11 @@ async fn http_that_is_none() {
         format!("GET /socket.io/?EIO=4&transport=polling&sid={} HTTP/1.1\r\nhost: a\r\n\r\n", "s".repeat(5_000)),
         "GET /socket.io/?EIO=4&transport=telepathy HTTP/1.1\r\nhost: a\r\n\r\n".to_owned(),
     ] {
-        let answer = raw_http(&house, request.as_bytes()).await;
+        let answer = raw_http(address, request.as_bytes()).await;
         let shown: String = request.chars().take(80).collect();
         let (status, rest) = answer.split_at(answer.len().min(12));
         assert!(answer.is_empty() || status.starts_with("HTTP/1.1 4"), "{shown:?} -> {status}{rest}");
     }
-    house.is_well(&["passwd"]).await;
 }
 
 /// Bodies of polls that are too large, too deep, cut short, compressed or no UTF-8 are refused or end their session;
@@ -105,7 +121,7 @@ async fn nothing_is_unpacked() {
     let request = "GET /socket.io/?EIO=4&transport=websocket HTTP/1.1\r\nhost: a\r\nconnection: upgrade\r\nupgrade: websocket\r\n\
                    sec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\
                    sec-websocket-extensions: permessage-deflate; client_max_window_bits\r\naccept-encoding: gzip\r\n\r\n";
-    let answer = raw_http(&house, request.as_bytes()).await.to_lowercase();
+    let answer = raw_http(house.address, request.as_bytes()).await.to_lowercase();
     assert!(answer.starts_with("http/1.1 101"), "{answer}");
     assert!(!answer.contains("sec-websocket-extensions") && !answer.contains("content-encoding"), "{answer}");
 }

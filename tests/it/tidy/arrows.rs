@@ -19,7 +19,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("gateway", &["callers", "domain", "ledger", "inventory", "fanout", "metrics", "telemetry"]),
     ("rpc", &["domain", "ledger", "inventory", "metrics", "telemetry"]),
     ("http", &["callers", "domain", "ledger", "inventory", "metrics", "shutdown"]),
-    ("fuzzing", &["callers", "domain", "gateway", "inventory", "ledger", "rpc"]),
+    ("fuzzing", &["callers", "domain", "gateway", "inventory", "ledger", "rpc", "telemetry"]),
     (
         "app",
         &[
