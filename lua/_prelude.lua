@@ -1,4 +1,5 @@
--- What every script about one event shares. Joined in front of each of them when the service is compiled.
+-- What every script about one event shares. Joined in front of each of them, but for functions that it does not call: a
+-- blank line ends a part, and a part has one function at most.
 --
 -- KEYS[1..6] are the same in every script of an event; ARGV[1] is always the event's channel:
 --

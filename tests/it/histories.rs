@@ -650,8 +650,7 @@ fn fused(folder: &Path) -> &'static Path {
     };
     write("_prelude", FUSE.to_owned() + &text("_prelude"));
     for script in Script::ALL {
-        let joined = script.source.starts_with(include_str!("../../lua/_prelude.lua"));
-        write(script.name, if joined { text(script.name) } else { FUSE.to_owned() + &text(script.name) });
+        write(script.name, if script.of_event { text(script.name) } else { FUSE.to_owned() + &text(script.name) });
     }
     Box::leak(folder.to_owned().into_boxed_path())
 }

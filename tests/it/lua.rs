@@ -101,7 +101,7 @@ impl Bench {
 
 /// The words of a script's RETURNS section.
 fn documented(script: &Script) -> BTreeSet<String> {
-    let header = script.source.lines().skip_while(|line| !line.starts_with(&format!("-- {}:", script.name)));
+    let header = script.source().lines().skip_while(|line| !line.starts_with(&format!("-- {}:", script.name)));
     let returns = header.take_while(|line| line.starts_with("--")).skip_while(|line| !line.starts_with("-- RETURNS"));
     let returns: Vec<&str> = returns.take_while(|line| !line.starts_with("-- COST")).collect();
     let words = returns.iter().flat_map(|line| line.split("{\"").skip(1));
