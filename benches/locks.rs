@@ -216,7 +216,7 @@ impl Floor {
         stream.set_nodelay(true)?;
         let mut floor = Self { stream, out: Vec::new(), asked: 0, input: Vec::new() };
         for script in ["lock", "release"] {
-            floor.command(&["SCRIPT", "LOAD", named(script)?.source]);
+            floor.command(&["SCRIPT", "LOAD", named(script)?.source()]);
         }
         floor.exchange("").await?;
         Ok(floor)

@@ -1,4 +1,5 @@
--- What every script about one event shares. Joined in front of each of them when the service is compiled.
+-- What every script about one event shares. Joined in front of each of them, but for functions that it does not call: a
+-- blank line ends a part, and a part has one function at most.
 --
 -- KEYS[1..6] are the same in every script of an event; ARGV[1] is always the event's channel:
 --
@@ -12,6 +13,7 @@
 --   KEYS[6] holders    hash  <user>:<category> -> "lock quantity created_ms full_ms generation hold"
 --                            <user>~<category> -> "lock:quantity:order ..." confirmed, order not reported
 --                            <user>            -> "locks held": active locks; tickets held and confirmed
+--                            kept_ms           -> when a lock last gave `counts`, `deadlines` and this key their lifetime
 --                            -                 -> "member deadline_ms ...": locks whose end is not in `ended` and in the
 --                                                 line above yet
 
@@ -19,10 +21,12 @@ local clock = redis.call('TIME')
 local now_us = clock[1] * 1000000 + clock[2]
 local now = math.floor(now_us / 1000)
 
--- An event's keys live this long after their last write: longer than any lock (24 h at most) and its answers.
+-- An event's keys live this long: longer than any lock (24 h at most) and its answers (10 min more). Locks give what all of
+-- them write to its lifetime anew when it was given so long ago: that leaves 40 min to spare.
 local KEEP_MS = '90000000'
+local RENEW_MS = 600000
 -- How long an expired or released lock answers for itself.
-local TOMBSTONE_MS = 600000
+local TOMBSTONE_MS = '600000'
 -- How long a confirmed lock and a reported order answer for themselves.
 local CONFIRMED_MS = '86400000'
 -- The most that one call ends, warns about or settles: about 3 ms of Redis. The rest is for the next call.
@@ -38,24 +42,25 @@ local function int(number)
   return string.format('%d', number)
 end
 
-local function keep(...)
-  for _, key in ipairs({...}) do
-    redis.call('PEXPIRE', key, KEEP_MS)
-  end
+local now_text = int(now)
+
+local function keep(key)
+  redis.call('PEXPIRE', key, KEEP_MS)
 end
 
 local function member_of(lock, category, quantity, user)
   return lock .. '|' .. category .. '|' .. quantity .. '|' .. user
 end
 
--- The counts of a category, nil when the event has none of that id.
+-- The counts of a category, nil when the event has none of that id. Its numbers are texts until they are reckoned with:
+-- Lua reads them then, and most never are.
 local function load(category)
   local text = redis.call('HGET', KEYS[1], category)
   if not text then return nil end
   local stock, total, open, active, settling, version = string.match(text, '^(%d+) (%d+) ([01]) (%d+) (%d+) (%d+)$')
   return {
-    category = category, stock = tonumber(stock), total = tonumber(total), open = open,
-    active = tonumber(active), settling = tonumber(settling), version = tonumber(version),
+    category = category, stock = stock, total = total, open = open, active = active, settling = settling,
+    version = version,
   }
 end
 
@@ -64,9 +69,9 @@ end
 -- `changes` is "" or " kind:quantity:user ...". On a cluster the line with ARGV[1] is made to say SPUBLISH.
 local function save(row, changes)
   row.version = math.max(row.version + 1, now_us)
-  local text = string.format('%d %d %s %d %d %d', row.stock, row.total, row.open, row.active, row.settling, row.version)
+  local text = string.format('%s %s %s %d %d %d', row.stock, row.total, row.open, row.active, row.settling, row.version)
   redis.call('HSET', KEYS[1], row.category, text)
-  redis.call('PUBLISH', ARGV[1], string.format('%s %s %d%s', row.category, text, now, changes))
+  redis.call('PUBLISH', ARGV[1], row.category .. ' ' .. text .. ' ' .. now_text .. changes)
 end
 
 -- What could be locked now: the law of conservation.
@@ -79,19 +84,22 @@ local function tell(user, text)
   redis.call('PUBLISH', 'seatlock:user:' .. user, text)
 end
 
--- Adds to a user's number of active locks and of tickets held and confirmed; returns the latter as it was before.
-local function hold(user, locks, tickets)
-  local before_locks, before_tickets = string.match(redis.call('HGET', KEYS[6], user) or '0 0', '^(%d+) (%d+)$')
-  local after_locks = math.max(0, before_locks + locks)
-  local after_tickets = math.max(0, before_tickets + tickets)
-  if after_locks == 0 and after_tickets == 0 then
-    redis.call('HDEL', KEYS[6], user)
+-- A user's number of active locks, and of tickets held and confirmed, out of what `holders` says of the user.
+local function sums_of(text)
+  return string.match(text or '0 0', '^(%d+) (%d+)$')
+end
+
+-- Adds to both of them. With `field` that is taken out of `holders` too.
+local function hold(user, locks, tickets, field)
+  local locks_before, tickets_before = sums_of(redis.call('HGET', KEYS[6], user))
+  local locks_after, tickets_after = math.max(0, locks_before + locks), math.max(0, tickets_before + tickets)
+  if locks_after == 0 and tickets_after == 0 then
+    redis.call('HDEL', KEYS[6], user, field or user)
   else
-    redis.call('HSET', KEYS[6], user, string.format('%d %d', after_locks, after_tickets))
+    if field then redis.call('HDEL', KEYS[6], field) end
+    redis.call('HSET', KEYS[6], user, string.format('%d %d', locks_after, tickets_after))
   end
-  if tonumber(before_locks) == 0 and after_locks > 0 then redis.call('HINCRBY', KEYS[1], '#users', '1') end
-  if tonumber(before_locks) > 0 and after_locks == 0 then redis.call('HINCRBY', KEYS[1], '#users', '-1') end
-  return tonumber(before_tickets)
+  if locks_before ~= '0' and locks_after == 0 then redis.call('HINCRBY', KEYS[1], '#users', '-1') end
 end
 
 -- A user's lock of a category as the holders hash has it, with its deadline; nil when there is none. `active` is false
@@ -113,14 +121,25 @@ local function save_held(held)
     held.quantity, held.created, held.full, held.generation, held.state))
 end
 
--- Writes down an active lock that `held` describes; its category is saved before, for the version.
-local function write_lock(row, held, session)
-  redis.call('ZADD', KEYS[2], int(held.full), member_of(held.lock, held.category, int(held.quantity), held.user))
-  save_held(held)
-  hold(held.user, 1, held.quantity)
-  redis.call('HSET', KEYS[7], 'u', held.user, 'c', held.category, 'q', int(held.quantity), 't', held.created, 'v',
-    int(row.version), 's', session)
-  keep(KEYS[1], KEYS[2], KEYS[6], KEYS[7])
+-- Writes down an active lock, of which ARGV[2] to ARGV[5] say its id, user, category and quantity; its category is saved
+-- before, for the version. `locks`, `tickets` and `kept` are what `holders` said before. With `kept_ms` in it `holders` is
+-- never empty, so it is not made anew, without a lifetime, while that says that it has one; `deadlines` may be.
+local function write_lock(row, created, full, generation, state, session, locks, tickets, kept)
+  local lock, user, category, quantity = ARGV[2], ARGV[3], ARGV[4], ARGV[5]
+  redis.call('ZADD', KEYS[2], full, member_of(lock, category, quantity, user))
+  local held = lock .. ' ' .. quantity .. ' ' .. created .. ' ' .. full .. ' ' .. generation .. ' ' .. state
+  redis.call('HSET', KEYS[6], user .. ':' .. category, held, user, string.format('%d %d', locks + 1, tickets + quantity))
+  redis.call('HSET', KEYS[7], 'u', user, 'c', category, 'q', quantity, 't', created, 'v', int(row.version), 's', session)
+  if locks == '0' then redis.call('HINCRBY', KEYS[1], '#users', '1') end
+  keep(KEYS[7])
+  local is_old = not kept or math.abs(now - kept) >= RENEW_MS
+  -- The first of its category may be the first of all.
+  if is_old or row.active - quantity == 0 then keep(KEYS[2]) end
+  if is_old then
+    redis.call('HSET', KEYS[6], 'kept_ms', now_text)
+    keep(KEYS[1])
+    keep(KEYS[6])
+  end
 end
 
 -- Writes down the end of expired locks, `text` is "lock|category|quantity|user deadline_ms " of each, and tells it to
@@ -173,15 +192,16 @@ local function bury_expired(text, rows)
   end
   -- One message for all owners: a thousand would stand in the way of the rooms' news.
   redis.call('PUBLISH', 'seatlock:expired', table.concat(told, ' '))
-  keep(KEYS[1], KEYS[3])
+  keep(KEYS[1])
+  keep(KEYS[3])
 end
 
 -- Ends at most BATCH locks whose deadline has passed; returns how many. Of more than BURY_MAX the tickets are given back
 -- and the rest is left for `catch_up`: rooms wait for the counts of those that are due next.
 local function expire_due()
-  local due = redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', int(now), 'WITHSCORES', 'LIMIT', '0', int(BATCH))
+  if redis.call('ZCOUNT', KEYS[2], '-inf', now_text) == 0 then return 0 end
+  local due = redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', now_text, 'WITHSCORES', 'LIMIT', '0', int(BATCH))
   local count = #due / 2
-  if count == 0 then return 0 end
   local rows = {}
   for i = 1, 2 * count, 2 do
     local category, quantity = string.match(due[i], '^[^|]+|(%d+)|(%d+)|')
@@ -202,7 +222,8 @@ local function expire_due()
     save(row, '')
   end
   redis.call('HSET', KEYS[6], '-', (redis.call('HGET', KEYS[6], '-') or '') .. text)
-  keep(KEYS[1], KEYS[6])
+  keep(KEYS[1])
+  keep(KEYS[6])
   return count
 end
 
@@ -267,7 +288,8 @@ end
 -- Marks tickets as sold now: the first snapshot with a higher number shows them.
 local function mark_sold(member)
   redis.call('ZADD', KEYS[5], int(draw()), member)
-  keep(KEYS[1], KEYS[5])
+  keep(KEYS[1])
+  keep(KEYS[5])
 end
 
 -- Marks those of a confirmed lock.

@@ -29,13 +29,13 @@ end
 
 local told, categories = {}, {}
 for i = 3, #ARGV, 4 do
-  told[ARGV[i]] = { total = tonumber(ARGV[i + 1]), stock = tonumber(ARGV[i + 2]), open = ARGV[i + 3] }
+  told[ARGV[i]] = { total = ARGV[i + 1], stock = ARGV[i + 2], open = ARGV[i + 3] }
   categories[#categories + 1] = ARGV[i]
 end
 -- A category that the events-service no longer names is closed and has nothing to sell.
 for category in string.gmatch(redis.call('HGET', KEYS[1], 'categories') or '', '%S+') do
   if not told[category] then
-    told[category] = { total = 0, stock = 0, open = '0' }
+    told[category] = { total = '0', stock = '0', open = '0' }
     categories[#categories + 1] = category
   end
 end

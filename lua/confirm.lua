@@ -20,7 +20,7 @@
 --   {"already_confirmed"}    a repeat; an order that is not reported has settle_ms from now on
 --   {"other_order"} {"wrong_user"} {"expired"} {"released"} {"not_found"}   nothing changed
 --
--- COST O(log n) in active locks of the event; 5 reads, 9 writes, 2 publishes.
+-- COST O(log n) in active locks of the event; 7 reads, 11 writes, 2 publishes.
 
 expire_due()
 local lock = redis.call('HMGET', KEYS[7], 'u', 'c', 'q', 'status', 'order', 't')
@@ -42,9 +42,8 @@ if not deadline or tonumber(deadline) <= now then return {'expired'} end
 local reported = ARGV[4] ~= '' and redis.call('EXISTS', KEYS[8]) == 1
 
 redis.call('ZREM', KEYS[2], member)
-redis.call('HDEL', KEYS[6], user .. ':' .. category)
 settle(ARGV[2], category, quantity, user, ARGV[4], ARGV[5])
-hold(user, -1, 0)
+hold(user, -1, 0, user .. ':' .. category)
 redis.call('HSET', KEYS[7], 'status', 'confirmed', 'order', ARGV[4], 'deadline_ms', deadline)
 redis.call('PEXPIRE', KEYS[7], CONFIRMED_MS)
 redis.call('HINCRBY', KEYS[1], '#confirmed', '1')
@@ -55,5 +54,7 @@ if row then
   save(row, '')
 end
 tell(user, 'confirmed ' .. ARGV[2] .. (ARGV[4] == '' and '' or ' ' .. ARGV[4]))
-keep(KEYS[1], KEYS[4], KEYS[6])
+keep(KEYS[1])
+keep(KEYS[4])
+keep(KEYS[6])
 return {reported and 'confirmed_reported' or 'confirmed', now - lock[6]}

@@ -18,22 +18,24 @@
 --   {"already_released", user, category, quantity, created_ms, deadline_ms, session, order}   by the same releaser; nothing changed
 --   {"released_by_other"} {"confirmed"} {"wrong_user"} {"expired"} {"not_found"}        nothing changed
 --
--- COST O(log n) in active locks of the event; 4 reads, 6 writes, 2 publishes.
+-- COST O(log n) in active locks of the event; 5 reads, 7 writes, 2 publishes.
 
 expire_due()
-local lock = redis.call('HMGET', KEYS[7], 'u', 'c', 'q', 'status', 't', 'deadline_ms', 's', 'releaser', 'order')
-local user, category, quantity, status = lock[1], lock[2], lock[3], lock[4]
+local user, category, quantity, created, session, status =
+  unpack(redis.call('HMGET', KEYS[7], 'u', 'c', 'q', 't', 's', 'status'))
 if not user then return {'not_found'} end
 if ARGV[4] ~= '' and ARGV[4] ~= user then return {'wrong_user'} end
-if status == 'released' then
-  if lock[8] ~= ARGV[3] then return {'released_by_other'} end
-  return {'already_released', user, category, quantity, lock[5], lock[6], lock[7], lock[9] or ''}
-end
 local member = member_of(ARGV[2], category, quantity, user)
-local deadline, held = lock[6], -1
+local deadline, order, held = nil, '', -1
 local row = load(category)
 
-if status == 'confirmed' then
+if status then
+  local ended = redis.call('HMGET', KEYS[7], 'deadline_ms', 'order', 'releaser')
+  deadline, order = ended[1], ended[2] or ''
+  if status == 'released' then
+    if ended[3] ~= ARGV[3] then return {'released_by_other'} end
+    return {'already_released', user, category, quantity, created, deadline, session, order}
+  end
   if ARGV[3] == 'owner' or not redis.call('ZSCORE', KEYS[4], member) then return {'confirmed'} end
   redis.call('ZREM', KEYS[4], member)
   stop_waiting(user, category, ARGV[2])
@@ -43,16 +45,15 @@ if status == 'confirmed' then
 else
   deadline = redis.call('ZSCORE', KEYS[2], member)
   if not deadline or tonumber(deadline) <= now then return {'expired'} end
-  held = now - lock[5]
+  held = now - created
   redis.call('ZREM', KEYS[2], member)
-  redis.call('HDEL', KEYS[6], user .. ':' .. category)
-  hold(user, -1, -quantity)
+  hold(user, -1, -quantity, user .. ':' .. category)
   if row then row.active = math.max(0, row.active - quantity) end
 end
 redis.call('HINCRBY', KEYS[1], '#released', '1')
 redis.call('HSET', KEYS[7], 'status', 'released', 'releaser', ARGV[3], 'deadline_ms', deadline)
-redis.call('PEXPIRE', KEYS[7], int(TOMBSTONE_MS))
-if row then save(row, ' released:' .. quantity .. ':' .. user) end
+redis.call('PEXPIRE', KEYS[7], TOMBSTONE_MS)
+-- The counts have the lifetime that the lock gave them, unless they were lost since.
+if row then save(row, ' released:' .. quantity .. ':' .. user) else keep(KEYS[1]) end
 tell(user, 'released ' .. ARGV[2] .. ' ' .. category .. ' ' .. quantity .. ' released ' .. (ARGV[5] == '' and '-' or ARGV[5]))
-keep(KEYS[1])
-return {'released', user, category, quantity, lock[5], deadline, lock[7], lock[9] or '', held}
+return {'released', user, category, quantity, created, deadline, session, order, held}

@@ -54,7 +54,9 @@ if state == 'confirmed' then
   redis.call('HSET', KEYS[7], 'u', user, 'c', category, 'q', ARGV[5], 't', ARGV[6], 'v', int(row.version), 's', ARGV[9],
     'status', 'confirmed', 'order', ARGV[12], 'deadline_ms', ARGV[7])
   redis.call('PEXPIRE', KEYS[7], CONFIRMED_MS)
-  keep(KEYS[1], KEYS[4], KEYS[6])
+  keep(KEYS[1])
+  keep(KEYS[4])
+  keep(KEYS[6])
   local reported = ARGV[12] ~= '' and redis.call('EXISTS', KEYS[9]) == 1
   return {reported and 'restored_reported' or 'restored'}
 end
@@ -63,10 +65,9 @@ local held = held_lock(user, category)
 if held and held.active then return {'no_room'} end
 row.active = row.active + quantity
 save(row, '')
-write_lock(row, {
-  lock = id, category = category, quantity = quantity, user = user, created = ARGV[6], full = deadline,
-  generation = ARGV[10], state = state,
-}, ARGV[9])
+local sums, kept = unpack(redis.call('HMGET', KEYS[6], user, 'kept_ms'))
+local locks, tickets = sums_of(sums)
+write_lock(row, ARGV[6], ARGV[7], ARGV[10], state, ARGV[9], locks, tickets, kept)
 if ARGV[14] == '1' then
   redis.call('SET', KEYS[8], id .. ' ' .. category .. ' ' .. ARGV[5] .. ' ' .. int(row.version), 'PX',
     int(deadline - now + TOMBSTONE_MS))

@@ -29,5 +29,6 @@ held.state = 'pinned'
 redis.call('ZADD', KEYS[2], int(deadline), held.member)
 save_held(held)
 tell(held.user, 'pinned ' .. held.lock .. ' ' .. int(deadline))
-keep(KEYS[2], KEYS[6])
+keep(KEYS[2])
+keep(KEYS[6])
 return {'valid', held.lock, deadline}

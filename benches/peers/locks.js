@@ -13,10 +13,19 @@ const text = (name) => fs.readFileSync(path.join(LUA, `${name}.lua`), 'utf8');
 const redis = new Redis(Number(process.env.REDIS_PORT), '127.0.0.1', {
   enableAutoPipelining: process.env.AUTO_PIPELINING === 'yes',
 });
+
+// The prelude's parts but for functions that nobody behind them calls, as src/ledger/script.rs joins them.
+function joined(name) {
+  return text('_prelude').trimEnd().split('\n\n').reduceRight((behind, part) => {
+    const made = /^local function (\w+)/m.exec(part);
+    return !made || new RegExp(`\\b${made[1]}\\(`).test(behind) ? `${part}\n\n${behind}` : behind;
+  }, text(name));
+}
+
 redis.defineCommand('touch_', { numberOfKeys: 2, lua: text('touch') });
 redis.defineCommand('visit_', { numberOfKeys: 1, lua: text('visit') });
-redis.defineCommand('lock_', { numberOfKeys: 9, lua: `${text('_prelude')}\n${text('lock')}` });
-redis.defineCommand('release_', { numberOfKeys: 7, lua: `${text('_prelude')}\n${text('release')}` });
+redis.defineCommand('lock_', { numberOfKeys: 9, lua: joined('lock') });
+redis.defineCommand('release_', { numberOfKeys: 7, lua: joined('release') });
 
 const TTL_MS = 300_000;
 const DAY_MS = 86_400_000;

@@ -160,7 +160,7 @@ impl Driver {
         let (text, sha) = match &self.stepped {
             Some(stepped) => stepped.named(script),
             None if self.clustered => script.on_cluster(),
-            None => (script.source, script.sha()),
+            None => (script.source(), script.sha()),
         };
         let command = &evaluation("EVALSHA", sha, call);
         let answer = self

@@ -8,6 +8,25 @@ use std::sync::OnceLock;
 /// What the scripts about one event share.
 const PRELUDE: &str = include_str!("../../lua/_prelude.lua");
 
+/// A script behind what it needs of the prelude, whose parts have blank lines between them: all that make no function, and
+/// the functions that are called by the script or by a part that is joined. Redis runs the whole text in each call, and
+/// to make a function that nobody calls takes a seventh of a read. Whoever joins them elsewhere
+/// (`benches/peers/locks.js`) follows the same rule.
+fn join(prelude: &str, script: &str) -> String {
+    prelude.trim_end().rsplit("\n\n").fold(script.to_owned(), |text, part| {
+        let function = part.lines().find_map(|line| line.strip_prefix("local function ")?.split('(').next());
+        if function.is_none_or(|name| calls(&text, name)) { format!("{part}\n\n{text}") } else { text }
+    })
+}
+
+/// Whether the name of a function stands before a parenthesis.
+fn calls(text: &str, function: &str) -> bool {
+    text.match_indices(function).any(|(at, name)| {
+        let longer = text[..at].ends_with(|before: char| before.is_ascii_alphanumeric() || before == '_');
+        !longer && text[at + name.len()..].starts_with('(')
+    })
+}
+
 /// How many keys or arguments a script takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Arity {
@@ -35,27 +54,43 @@ pub struct Script {
     pub keys: Arity,
     /// Its ARGV.
     pub args: Arity,
-    /// The text that Redis gets.
-    pub source: &'static str,
+    /// Whether the prelude is joined in front of it.
+    pub of_event: bool,
+    own: &'static str,
+    source: OnceLock<String>,
     sha: OnceLock<String>,
     on_cluster: OnceLock<(String, String)>,
 }
 
 impl Script {
-    const fn new(name: &'static str, keys: Arity, args: Arity, source: &'static str) -> Self {
-        Self { name, keys, args, source, sha: OnceLock::new(), on_cluster: OnceLock::new() }
+    const fn new(name: &'static str, keys: Arity, args: Arity, of_event: bool, own: &'static str) -> Self {
+        Self {
+            name,
+            keys,
+            args,
+            of_event,
+            own,
+            source: OnceLock::new(),
+            sha: OnceLock::new(),
+            on_cluster: OnceLock::new(),
+        }
+    }
+
+    /// The text that Redis gets.
+    pub fn source(&self) -> &str {
+        self.source.get_or_init(|| if self.of_event { join(PRELUDE, self.own) } else { self.own.to_owned() })
     }
 
     /// The lower-case hexadecimal SHA-1 that EVALSHA names it by.
     pub fn sha(&self) -> &str {
-        self.sha.get_or_init(|| super::driver::sha1(self.source))
+        self.sha.get_or_init(|| super::driver::sha1(self.source()))
     }
 
     /// The same script on a cluster, where changes are told by sharded pub/sub, and its SHA-1. Redis 6 does not know
     /// that command, so it cannot be the same text everywhere.
     pub(super) fn on_cluster(&self) -> (&str, &str) {
         let (text, sha) = self.on_cluster.get_or_init(|| {
-            let text = self.source.replace("redis.call('PUBLISH', ARGV[1],", "redis.call('SPUBLISH', ARGV[1],");
+            let text = self.source().replace("redis.call('PUBLISH', ARGV[1],", "redis.call('SPUBLISH', ARGV[1],");
             let sha = super::driver::sha1(&text);
             (text, sha)
         });
@@ -70,10 +105,8 @@ impl Script {
     pub fn on_stepped_clock(&self, folder: Option<&Path>) -> io::Result<String> {
         let read = |folder: &Path, name: &str| std::fs::read_to_string(folder.join(name).with_extension("lua"));
         let source = match folder {
-            None => self.source.to_owned(),
-            Some(folder) if self.source.starts_with(PRELUDE) => {
-                read(folder, "_prelude")? + "\n" + &read(folder, self.name)?
-            }
+            None => self.source().to_owned(),
+            Some(folder) if self.of_event => join(&read(folder, "_prelude")?, &read(folder, self.name)?),
             Some(folder) => read(folder, self.name)?,
         };
         Ok(source.replace("redis.call('TIME')", "redis.call('LRANGE', 'test:clock', 0, 1)"))
@@ -95,24 +128,24 @@ impl SteppedScripts {
     }
 
     /// A script's text and SHA-1.
-    pub(super) fn named(&self, script: &Script) -> (&str, &str) {
-        self.0.get(script.name).map_or((script.source, ""), |(text, sha)| (text, sha))
+    pub(super) fn named(&self, script: &'static Script) -> (&str, &str) {
+        self.0.get(script.name).map_or((script.source(), ""), |(text, sha)| (text, sha))
     }
 }
 
 macro_rules! scripts {
     ($($ident:ident = $name:literal $prelude:ident ($keys:expr, $args:expr);)*) => {
-        $(pub(super) static $ident: Script = Script::new($name, $keys, $args, scripts!(@$prelude $name));)*
+        $(pub(super) static $ident: Script = Script::new(
+            $name, $keys, $args, scripts!(@$prelude), include_str!(concat!("../../lua/", $name, ".lua")),
+        );)*
 
         impl Script {
             /// Every script there is.
             pub const ALL: &[&Self] = &[$(&$ident),*];
         }
     };
-    (@event $name:literal) => {
-        concat!(include_str!("../../lua/_prelude.lua"), "\n", include_str!(concat!("../../lua/", $name, ".lua")))
-    };
-    (@alone $name:literal) => { include_str!(concat!("../../lua/", $name, ".lua")) };
+    (@event) => { true };
+    (@alone) => { false };
 }
 
 use Arity::{AtLeast, Exactly};
@@ -145,4 +178,31 @@ scripts! {
     UNHOST = "unhost" alone (Exactly(1), AtLeast(2));
     DROP = "drop" alone (Exactly(1), Exactly(2));
     BEAT = "beat" alone (Exactly(5), Exactly(4));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_script_gets_the_functions_that_it_calls_and_what_those_call() {
+        let parts = [
+            "-- What all share.",
+            "local now = 1",
+            "-- Of one.\nlocal function one(a)\n  return a\nend",
+            "local function only_one(a)\n  return a\nend",
+            "local function two(a)\n  return one(a)\nend",
+        ];
+        let shared = parts.join("\n\n") + "\n";
+        for (script, needed) in [
+            ("two(now)\n", [0, 1, 2, 4].as_slice()),
+            ("only_one(now)\n", &[0, 1, 3]),
+            ("return one\n", &[0, 1]),
+            ("one(two(only_one(now)))\n", &[0, 1, 2, 3, 4]),
+        ] {
+            let mut wanted: Vec<&str> = needed.iter().map(|&at: &usize| parts[at]).collect();
+            wanted.push(script);
+            assert_eq!(join(&shared, script), wanted.join("\n\n"));
+        }
+    }
 }

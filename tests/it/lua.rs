@@ -101,7 +101,7 @@ impl Bench {
 
 /// The words of a script's RETURNS section.
 fn documented(script: &Script) -> BTreeSet<String> {
-    let header = script.source.lines().skip_while(|line| !line.starts_with(&format!("-- {}:", script.name)));
+    let header = script.source().lines().skip_while(|line| !line.starts_with(&format!("-- {}:", script.name)));
     let returns = header.take_while(|line| line.starts_with("--")).skip_while(|line| !line.starts_with("-- RETURNS"));
     let returns: Vec<&str> = returns.take_while(|line| !line.starts_with("-- COST")).collect();
     let words = returns.iter().flat_map(|line| line.split("{\"").skip(1));
@@ -436,8 +436,8 @@ async fn every_tombstone_has_its_own_lifetime() {
     lives("counts", 25.0).await;
 }
 
-/// What only notes that something ended, or that it was there already, renews the lifetime of the counts too. A rate is
-/// kept until it limits nobody.
+/// Counts have a lifetime also when they are written to by what only notes that a lock was there already, or, after they
+/// were lost, that one ended. A rate is kept until it limits nobody.
 #[tokio::test]
 async fn endings_and_repeats_renew_lifetimes() {
     let on = Bench::new().await;
@@ -455,9 +455,53 @@ async fn endings_and_repeats_renew_lifetimes() {
     }
     assert_eq!(on.event("validate", &[], &["7", "1", "1", "60000"]).await[0], "valid");
     on.every_key_ends().await;
-    forget().await;
+    assert!(on.client.del::<bool, _>("counts").await.expect("DEL answers"));
     assert_eq!(on.release("lock-1", "owner", "7").await, "released");
+    assert!(on.server.keys().await.iter().any(|key| key == "counts"));
     on.every_key_ends().await;
+}
+
+/// What every lock writes to has its lifetime anew when it was given ten minutes ago, by whatever clock, or nobody knows
+/// when, and deadlines when they may have been empty. Nothing else in it is needed for it to stay.
+#[tokio::test]
+async fn locks_renew_lifetimes_once_in_ten_minutes() {
+    const SHORT_MS: i64 = 3_600_000;
+    const NONE: [bool; 3] = [false; 3];
+    const DEADLINES: [bool; 3] = [false, false, true];
+    const ALL: [bool; 3] = [true; 3];
+    let on = Bench::new().await;
+    on.stock(&["1", "9", "9", "1", "2", "9", "9", "1"]).await;
+    let renewed = async |user: &str, category: &str| {
+        let keys = ["counts", "holders", "deadlines"];
+        for key in keys {
+            on.client.pexpire::<(), _>(key, SHORT_MS, None).await.expect("PEXPIRE answers");
+        }
+        let lock = format!("lock-{user}");
+        let args = [&lock, user, category, "2", "3600000", "86400000", "0", "0", "1", "", "0", ""];
+        assert_eq!(on.event("lock", &[&lock, &lock, "rate"], &args).await[0], "granted");
+        on.every_key_ends().await;
+        let mut renewed = [false; 3];
+        for (key, renewed) in keys.iter().zip(&mut renewed) {
+            *renewed = on.server.pttl(key).await > SHORT_MS;
+        }
+        renewed
+    };
+    assert_eq!(renewed("1", "1").await, ALL);
+    on.pass(599_999).await;
+    assert_eq!(renewed("2", "1").await, NONE);
+    assert_eq!(renewed("3", "2").await, DEADLINES, "for all that it knows there was no lock");
+    on.pass(1).await;
+    assert_eq!(renewed("4", "1").await, ALL);
+    on.now_ms.set(on.now_ms.get() - 600_000);
+    on.pass(0).await;
+    assert_eq!(renewed("5", "2").await, ALL, "the clock has gone back");
+    for user in ["1", "2", "3", "4", "5"] {
+        assert_eq!(on.release(&format!("lock-{user}"), "owner", user).await, "released");
+    }
+    assert_eq!(on.client.hlen::<usize, _>("holders").await.expect("HLEN answers"), 1, "their age alone");
+    assert_eq!(renewed("6", "1").await, DEADLINES);
+    on.client.hdel::<(), _, _>("holders", "kept_ms").await.expect("HDEL answers");
+    assert_eq!(renewed("7", "1").await, ALL, "as after an older version");
 }
 
 /// A sale that is written down again lives as long as one that was never lost, with everything written beside it.
@@ -484,7 +528,8 @@ async fn a_buried_lock_leaves_nothing() {
         async || on.server.keys().await.iter().filter(|key| *key != "test:clock").cloned().collect::<BTreeSet<_>>();
     assert_eq!(keys().await, ["counts", "ended", "holders", "lock-1"].map(str::to_owned).into());
     assert_eq!(on.alone("bury", &["ended", "holders", "lock-1"], &["lock-1|1|1|7"]).await, ["buried"]);
-    assert_eq!(keys().await, ["counts".to_owned()].into());
+    assert_eq!(keys().await, ["counts", "holders"].map(str::to_owned).into());
+    assert_eq!(on.client.hkeys::<Vec<String>, _>("holders").await.expect("HKEYS answers"), ["kept_ms"]);
 }
 
 /// Who may claim fewer events than are due is told that the next is due now.
@@ -762,7 +807,7 @@ async fn a_wave_is_counted_before_it_is_written_down() {
     assert_eq!((free().await, users().await), (2099, "251".to_owned()));
     assert_eq!(sweep().await, "0 0 0 300000", "the 250 that are left");
     let holders: usize = on.client.hlen("holders").await.expect("HLEN answers");
-    assert_eq!(holders, LOCKS + 1, "each lock until its tombstone goes, and one user");
+    assert_eq!(holders, LOCKS + 2, "each lock until its tombstone goes, one user, and the lifetime's age");
     assert_eq!(sweep().await, "0 0 0 300000");
 
     // The same again, for a user who may hold one: that nobody has let go yet is not held against her.
@@ -785,7 +830,7 @@ async fn a_wave_is_counted_before_it_is_written_down() {
         assert_eq!((swept.split(' ').nth(1).unwrap(), users().await.as_str()), left_and_users, "{swept}");
     }
     let holders: usize = on.client.hlen("holders").await.expect("HLEN answers");
-    assert_eq!(holders, LOCKS + 1, "each lock and lock-b until their tombstones go, and nobody's number");
+    assert_eq!(holders, LOCKS + 2, "each lock and lock-b until their tombstones go, and the lifetime's age");
 
     // 250 are ended whole by whoever finds them, of one more the rest is left.
     on.pass(600_000).await;
