@@ -185,6 +185,7 @@ mod tests {
     }
 
     targets!(
+        gateway_frames,
         gateway_messages,
         gateway_handshakes,
         gateway_tokens,
