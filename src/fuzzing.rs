@@ -94,6 +94,8 @@ mod tests {
         b":",
         b" ",
         b"\n",
+        b"\r",
+        b"\r\n",
         b"#",
         b".",
         b"-1",
@@ -194,6 +196,7 @@ mod tests {
         inventory_catalogues,
         ledger_notices,
         ledger_replies,
+        ledger_streams,
         callers_forwarded,
     );
 
