@@ -159,8 +159,8 @@ impl Driver {
         } else {
             let link = Link::start(&driver, None);
             driver.route.send_replace(Arc::new(Route::one(Arc::clone(&link))));
-            if let Place::Sentinel { sentinels, .. } = &address.place {
-                tokio::spawn(sentinel::follow(Arc::clone(&driver), link, sentinels.clone()));
+            if let Place::Sentinel { sentinels, first, .. } = &address.place {
+                tokio::spawn(sentinel::follow(Arc::clone(&driver), link, sentinels.clone(), Arc::clone(first)));
             }
         }
         Ok((driver, receiver))
