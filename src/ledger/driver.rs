@@ -217,12 +217,12 @@ impl Driver {
     async fn members(&self, key: &str, limit: usize, order: Option<&str>) -> Result<Vec<String>, LedgerError> {
         let last = limit.saturating_sub(1).to_string();
         let args: Vec<_> = [key, "0", &last].into_iter().chain(order).collect();
-        texts("members", self.ask("members", key, &command("ZRANGE", &args)).await?)
+        texts("members", &self.ask("members", key, &command("ZRANGE", &args)).await?)
     }
 
     /// The fields of a hash; none when there is no such key.
     pub(super) async fn fields(&self, key: &str) -> Result<Vec<String>, LedgerError> {
-        texts("fields", self.ask("fields", key, &command("HKEYS", &[key])).await?)
+        texts("fields", &self.ask("fields", key, &command("HKEYS", &[key])).await?)
     }
 
     /// Remembers the connection of a key, to be taken before something is written that [`Self::replicated`] waits for.
@@ -373,10 +373,10 @@ fn evaluation(name: &str, script: &str, call: &ClosedCall) -> Cmd {
 }
 
 /// A reply that is a list of texts.
-fn texts(name: &'static str, reply: Reply) -> Result<Vec<String>, LedgerError> {
-    let Value::Array(parts) = &reply else { return Err(unexpected(name, &reply)) };
+fn texts(name: &'static str, reply: &Reply) -> Result<Vec<String>, LedgerError> {
+    let Value::Array(parts) = reply else { return Err(unexpected(name, reply)) };
     let texts: Option<_> = parts.iter().map(|part| reply::text(part).map(Cow::into_owned)).collect();
-    texts.ok_or_else(|| unexpected(name, &reply))
+    texts.ok_or_else(|| unexpected(name, reply))
 }
 
 fn unexpected(name: &'static str, reply: &Reply) -> LedgerError {

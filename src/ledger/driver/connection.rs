@@ -52,10 +52,8 @@ impl Failure {
 
     /// With the reason that the stream saw, where it saw one.
     fn because(self, account: &Account) -> Self {
-        match self {
-            Self::Lost(_) if !account.why().is_empty() => Self::Lost(account.why().to_owned()),
-            other => other,
-        }
+        let is_known = matches!(self, Self::Lost(_)) && !account.why().is_empty();
+        if is_known { Self::Lost(account.why().to_owned()) } else { self }
     }
 }
 
@@ -268,7 +266,7 @@ mod tests {
         theirs.write_all(b"%0\r\n").await.expect("an open pipe");
         let connection = Connection::over(ours, None, SETTINGS(), Some(pushed)).await.expect("greeted");
         let mut greeting = [0; 1024];
-        theirs.read(&mut greeting).await.expect("a greeting");
+        assert!(theirs.read(&mut greeting).await.expect("a greeting") > 0);
         (connection, theirs, came)
     }
 
@@ -296,7 +294,7 @@ mod tests {
             let (mut connection, mut theirs, _) = connected().await;
             let asker = connection.asker();
             let (answered, ()) = tokio::join!(asker.channel(verb, "a"), async {
-                theirs.read(&mut [0; 1024]).await.expect("a question");
+                assert!(theirs.read(&mut [0; 1024]).await.expect("a question") > 0);
                 theirs.write_all(answer.as_bytes()).await.expect("an open pipe");
             });
             assert_eq!(answered, expected, "{verb} {answer:?}");
