@@ -27,10 +27,23 @@ impl Call {
     pub(super) fn about(event: EventId) -> Self {
         let (text, keys, args) = (String::with_capacity(768), Vec::with_capacity(9), Vec::with_capacity(14));
         let mut call = Self { text, keys, args };
+        // Written once and copied: it is the half of every word here.
+        let tag = call.write(key::tag(event));
         for name in key::OF_EVENT {
-            call = call.key(key::of_event(event, name));
+            let range = call.copy(tag.clone(), name);
+            call.keys.push(range);
         }
-        call.arg(key::event_channel(event))
+        let range = call.copy(tag, key::CHANGES);
+        call.args.push(range);
+        call
+    }
+
+    /// Repeats what is written already, and adds a name.
+    fn copy(&mut self, tag: Range<usize>, name: &str) -> Range<usize> {
+        let from = self.text.len();
+        self.text.extend_from_within(tag);
+        self.text.push_str(name);
+        from..self.text.len()
     }
 
     fn write(&mut self, word: impl Display) -> Range<usize> {

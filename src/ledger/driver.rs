@@ -15,14 +15,15 @@ mod connection;
 mod link;
 mod sentinel;
 
+use std::borrow::Cow;
 use std::collections::HashSet;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use redis::{Cmd, Value, from_redis_value};
-use tokio::sync::{Notify, mpsc, watch};
+use redis::{Cmd, Value};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 use self::address::{Address, Place};
@@ -32,7 +33,7 @@ use self::link::Link;
 use super::call::{Call, ClosedCall};
 use super::redis::{RedisClock, RedisSettingError};
 use super::script::{Script, SteppedScripts};
-use super::{LedgerError, key};
+use super::{LedgerError, key, reply};
 use crate::{metrics, telemetry};
 
 /// An answer of Redis.
@@ -42,10 +43,13 @@ pub(super) type Reply = Value;
 const MOVES_MAX: usize = 3;
 const MOVED_WAIT: Duration = Duration::from_millis(500);
 
+/// How many bytes all messages that wait to be read may have: 16,384 of two thousand each, or 128 of the longest.
+const MESSAGES_BYTES_MAX: usize = 32 * 1024 * 1024;
+
 /// What a subscription delivers.
 pub(super) enum Delivery {
-    /// A channel's message.
-    Message { channel: String, text: String },
+    /// A channel's message, and the room that it takes until it was read.
+    Message { channel: String, text: String, room: OwnedSemaphorePermit },
     /// Messages may have been missed.
     Gap,
 }
@@ -82,6 +86,8 @@ pub(super) struct Driver {
     /// Every channel that somebody wants.
     channels: Mutex<HashSet<String>>,
     deliveries: mpsc::Sender<Delivery>,
+    /// One permit for each byte that messages may still take.
+    room: Arc<Semaphore>,
     stop: CancellationToken,
 }
 
@@ -95,11 +101,21 @@ pub(super) struct Witness {
 /// See [`super::fuzzing::streams`].
 #[cfg(any(test, feature = "fuzzing"))]
 pub(super) fn measure(data: &[u8], length: usize) {
+    use tokio_util::codec::Decoder as _;
+
     let whole = bounded::Measure::default().pass(data);
     let mut pieces = bounded::Measure::default();
     assert_eq!(data.chunks(length).try_for_each(|piece| pieces.pass(piece)), whole, "the pieces make a difference");
-    if whole.is_ok() {
-        drop(redis::parse_redis_value(data));
+    // Byte by byte: the decoder has a whole value exactly where the measure says that one has ended, or none at all.
+    let mut measure = bounded::Measure::default();
+    let (mut codec, mut buffer) = (redis::ValueCodec::default(), bytes::BytesMut::new());
+    for byte in data {
+        if measure.pass(std::slice::from_ref(byte)).is_err() {
+            return;
+        }
+        buffer.extend_from_slice(std::slice::from_ref(byte));
+        let Ok(decoded) = codec.decode(&mut buffer) else { return };
+        assert_eq!(decoded.is_some(), measure.is_between(), "another end of {:?}", data.escape_ascii().to_string());
     }
 }
 
@@ -135,6 +151,7 @@ impl Driver {
             connections: AtomicU64::new(0),
             channels: Mutex::new(HashSet::from([key::EXPIRED_CHANNEL.to_owned()])),
             deliveries,
+            room: Arc::new(Semaphore::new(MESSAGES_BYTES_MAX)),
             stop: CancellationToken::new(),
         });
         if let Place::Cluster(seeds) = &address.place {
@@ -142,8 +159,8 @@ impl Driver {
         } else {
             let link = Link::start(&driver, None);
             driver.route.send_replace(Arc::new(Route::one(Arc::clone(&link))));
-            if let Place::Sentinel { sentinels, .. } = &address.place {
-                tokio::spawn(sentinel::follow(Arc::clone(&driver), link, sentinels.clone()));
+            if let Place::Sentinel { sentinels, first, .. } = &address.place {
+                tokio::spawn(sentinel::follow(Arc::clone(&driver), link, sentinels.clone(), Arc::clone(first)));
             }
         }
         Ok((driver, receiver))
@@ -200,12 +217,12 @@ impl Driver {
     async fn members(&self, key: &str, limit: usize, order: Option<&str>) -> Result<Vec<String>, LedgerError> {
         let last = limit.saturating_sub(1).to_string();
         let args: Vec<_> = [key, "0", &last].into_iter().chain(order).collect();
-        read("members", self.ask("members", key, &command("ZRANGE", &args)).await?)
+        texts("members", &self.ask("members", key, &command("ZRANGE", &args)).await?)
     }
 
     /// The fields of a hash; none when there is no such key.
     pub(super) async fn fields(&self, key: &str) -> Result<Vec<String>, LedgerError> {
-        read("fields", self.ask("fields", key, &command("HKEYS", &[key])).await?)
+        texts("fields", &self.ask("fields", key, &command("HKEYS", &[key])).await?)
     }
 
     /// Remembers the connection of a key, to be taken before something is written that [`Self::replicated`] waits for.
@@ -235,7 +252,8 @@ impl Driver {
                 "the connection changed before Redis replicas had the lock".to_owned(),
             ));
         }
-        read("wait", reply)
+        let Value::Int(have) = reply else { return Err(unexpected("wait", &reply)) };
+        u32::try_from(have).map_err(|_| unexpected("wait", &reply))
     }
 
     /// Connections for commands made so far: after a new one, Redis may be another one or have lost something.
@@ -257,10 +275,9 @@ impl Driver {
     pub(super) async fn subscribe(&self, channel: String) -> Result<(), LedgerError> {
         self.channels().insert(channel.clone());
         for _ in 0..MOVES_MAX {
-            let mut route = self.route.subscribe();
             let link = self.link(&channel).await?;
             match link.subscribe(self, std::slice::from_ref(&channel)).await {
-                Err(failure) if has_moved(&failure) => self.rerouted(&mut route).await,
+                Err(failure) if has_moved(&failure) => self.rerouted(&channel, &link).await,
                 answer => return answer.map_err(|failure| link.error("subscribe", &failure)),
             }
         }
@@ -304,10 +321,9 @@ impl Driver {
         F: Future<Output = Result<Reply, Failure>> + Send,
     {
         for _ in 0..MOVES_MAX {
-            let mut route = self.route.subscribe();
             let link = self.link(key).await?;
             match call(Arc::clone(&link)).await {
-                Err(failure) if has_moved(&failure) => self.rerouted(&mut route).await,
+                Err(failure) if has_moved(&failure) => self.rerouted(key, &link).await,
                 answer => return link.judge(self, name, answer),
             }
         }
@@ -326,11 +342,13 @@ impl Driver {
         link.ok_or(LedgerError::Timeout(self.timeout))
     }
 
-    /// Asks for a new look at the cluster and waits for it.
-    async fn rerouted(&self, route: &mut watch::Receiver<Arc<Route>>) {
+    /// Asks for a new look at the cluster and waits until it shows that a key is on another server than it was.
+    async fn rerouted(&self, key: &str, was: &Arc<Link>) {
         self.doubt.notify_one();
+        let mut route = self.route.subscribe();
+        let elsewhere = route.wait_for(|route| route.link(key).is_none_or(|link| !Arc::ptr_eq(link, was)));
         // Without one in time the call goes to the same server once more, and fails if nothing changed there.
-        tokio::time::timeout(MOVED_WAIT, route.changed()).await.ok();
+        tokio::time::timeout(MOVED_WAIT, elsewhere).await.ok();
     }
 
     fn channels(&self) -> std::sync::MutexGuard<'_, HashSet<String>> {
@@ -354,8 +372,15 @@ fn evaluation(name: &str, script: &str, call: &ClosedCall) -> Cmd {
     command
 }
 
-fn read<T: redis::FromRedisValue>(script: &'static str, reply: Reply) -> Result<T, LedgerError> {
-    from_redis_value(reply).map_err(|error| LedgerError::Protocol { script, reply: error.to_string() })
+/// A reply that is a list of texts.
+fn texts(name: &'static str, reply: &Reply) -> Result<Vec<String>, LedgerError> {
+    let Value::Array(parts) = reply else { return Err(unexpected(name, reply)) };
+    let texts: Option<_> = parts.iter().map(|part| reply::text(part).map(Cow::into_owned)).collect();
+    texts.ok_or_else(|| unexpected(name, reply))
+}
+
+fn unexpected(name: &'static str, reply: &Reply) -> LedgerError {
+    LedgerError::Protocol { script: name, reply: reply::beginning(reply) }
 }
 
 /// What a script's reply begins with; "" when it is none of ours.

@@ -3,36 +3,65 @@
 //! All keys of one event share the hash tag `{e:<event>}`, all of one user `{u:<user>}`, the fleet's `{fleet}`: a script
 //! touches one slot. `lua/README.md` is the schema.
 
-use std::fmt::{Display, from_fn};
+use std::fmt::{self, Display, Formatter, from_fn};
 
 use crate::domain::{EventId, LockId, OrderId, RequestId, UserId};
 
 /// The keys that every script of an event takes, in the order of the scripts' `KEYS`.
 pub(super) const OF_EVENT: [&str; 6] = ["counts", "deadlines", "ended", "settling", "sold", "holders"];
 
+/// What all keys and the channel of an event begin with.
+pub(super) fn tag(event: EventId) -> impl Display {
+    from_fn(move |f| write_tag(f, event))
+}
+
+// Piece by piece, which takes half as long as a format of formats.
+fn write_tag(f: &mut Formatter<'_>, event: EventId) -> fmt::Result {
+    f.write_str(TAG)?;
+    event.fmt(f)?;
+    f.write_str(TAG_END)
+}
+
 /// One of [`OF_EVENT`].
 pub(super) fn of_event(event: EventId, name: &str) -> impl Display {
-    from_fn(move |f| write!(f, "seatlock:{{e:{event}}}:{name}"))
+    from_fn(move |f| {
+        write_tag(f, event)?;
+        f.write_str(name)
+    })
 }
 
 /// A lock's own hash.
 pub(super) fn lock(lock: LockId) -> impl Display {
-    from_fn(move |f| write!(f, "seatlock:{{e:{}}}:lock:{lock}", lock.event()))
+    from_fn(move |f| {
+        write_tag(f, lock.event())?;
+        f.write_str("lock:")?;
+        lock.fmt(f)
+    })
 }
 
 /// What is remembered of a client's request id.
 pub(super) fn request(event: EventId, user: UserId, request: &RequestId) -> impl Display {
-    from_fn(move |f| write!(f, "seatlock:{{e:{event}}}:request:{user}:{request}"))
+    from_fn(move |f| {
+        write_tag(f, event)?;
+        write!(f, "request:{user}:{request}")
+    })
 }
 
 /// A user's rate in an event.
 pub(super) fn rate(event: EventId, user: UserId) -> impl Display {
-    from_fn(move |f| write!(f, "seatlock:{{e:{event}}}:rate:{user}"))
+    from_fn(move |f| {
+        write_tag(f, event)?;
+        f.write_str("rate:")?;
+        user.fmt(f)
+    })
 }
 
 /// What is remembered of a reported order.
 pub(super) fn order(event: EventId, order: &OrderId) -> impl Display {
-    from_fn(move |f| write!(f, "seatlock:{{e:{event}}}:order:{order}"))
+    from_fn(move |f| {
+        write_tag(f, event)?;
+        write!(f, "order:{order}")
+    })
 }
 
 /// A user's open sessions, and the events in which the user may have locks.
@@ -70,17 +99,17 @@ pub(super) const EPOCH: &str = "seatlock:{fleet}:epoch";
 
 /// Where an event's changes are told: in the event's own slot.
 pub(super) fn event_channel(event: EventId) -> String {
-    format!("{EVENT_CHANNEL}{event}{EVENT_CHANNEL_END}")
+    of_event(event, CHANGES).to_string()
 }
 
 /// The event that a channel tells the changes of.
 pub(super) fn event_of_channel(channel: &str) -> Option<EventId> {
-    channel.strip_prefix(EVENT_CHANNEL)?.strip_suffix(EVENT_CHANNEL_END)?.parse().ok()
+    channel.strip_prefix(TAG)?.strip_suffix(CHANGES)?.strip_suffix(TAG_END)?.parse().ok()
 }
 
 /// Whether a channel tells an event's changes.
 pub(super) fn is_event_channel(channel: &str) -> bool {
-    channel.starts_with(EVENT_CHANNEL)
+    channel.starts_with(TAG)
 }
 
 /// Where a user's messages are told.
@@ -88,9 +117,12 @@ pub(super) fn user_channel(user: UserId) -> String {
     format!("{USER_CHANNEL}{user}")
 }
 
-/// What stands around the event in its channel.
-const EVENT_CHANNEL: &str = "seatlock:{e:";
-const EVENT_CHANNEL_END: &str = "}:changes";
+/// What stands around the event in its keys and its channel.
+const TAG: &str = "seatlock:{e:";
+const TAG_END: &str = "}:";
+
+/// What an event's channel ends with.
+pub(super) const CHANGES: &str = "changes";
 
 /// What every user's channel begins with; the scripts know it too.
 pub(super) const USER_CHANNEL: &str = "seatlock:user:";

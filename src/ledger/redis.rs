@@ -748,11 +748,11 @@ async fn read_deliveries(driver: Weak<Driver>, mut deliveries: mpsc::Receiver<De
         }
         let items = match delivery {
             Delivery::Gap => Some(vec![FeedItem::Resync]),
-            Delivery::Message { channel, text } if channel == key::EXPIRED_CHANNEL => {
+            Delivery::Message { channel, text, room: _room } if channel == key::EXPIRED_CHANNEL => {
                 let Some(driver) = driver.upgrade() else { return };
                 read_expired(&text).map(|told| of_listeners(&driver, told))
             }
-            Delivery::Message { channel, text } => read_message(&channel, &text).map(|item| vec![item]),
+            Delivery::Message { channel, text, room: _room } => read_message(&channel, &text).map(|item| vec![item]),
         };
         let Some(items) = items else {
             metrics::LEDGER_NOTICES_UNREADABLE.count(&[]);

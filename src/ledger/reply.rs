@@ -2,6 +2,7 @@
 //! error, never a guess.
 
 use std::borrow::Cow;
+use std::fmt::{self, Debug, Write as _};
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -43,9 +44,7 @@ impl Parts {
 
     /// The error for a reply that says something else than the script documents.
     pub(super) fn unexpected(&self) -> LedgerError {
-        let mut reply = format!("{:?}", self.whole);
-        reply.truncate(reply.char_indices().nth(200).map_or(reply.len(), |(at, _)| at));
-        LedgerError::Protocol { script: self.script, reply }
+        LedgerError::Protocol { script: self.script, reply: beginning(&self.whole) }
     }
 
     fn next(&mut self) -> Result<&Reply, LedgerError> {
@@ -102,13 +101,28 @@ impl Parts {
 
 /// A part as text; `None` when it is none.
 #[expect(clippy::wildcard_enum_match_arm, reason = "the client's enum grows, and scripts answer with nothing else")]
-fn text(part: &Reply) -> Option<Cow<'_, str>> {
+pub(super) fn text(part: &Reply) -> Option<Cow<'_, str>> {
     match part {
         Reply::BulkString(bytes) => std::str::from_utf8(bytes).ok().map(Cow::Borrowed),
         Reply::SimpleString(text) => Some(Cow::Borrowed(text)),
         Reply::Int(number) => Some(Cow::Owned(number.to_string())),
         _ => None,
     }
+}
+
+/// How an answer that is none begins. No more of it is written: it may be as long as a reply may be.
+pub(super) fn beginning(reply: &impl Debug) -> String {
+    struct Short(String);
+    impl fmt::Write for Short {
+        fn write_str(&mut self, text: &str) -> fmt::Result {
+            self.0.extend(text.chars().take(200 - self.0.chars().count()));
+            if self.0.chars().count() < 200 { Ok(()) } else { Err(fmt::Error) }
+        }
+    }
+    let mut short = Short(String::new());
+    // Fails when it is full.
+    write!(short, "{reply:?}").ok();
+    short.0
 }
 
 /// "stock total open active settling version" of a category.

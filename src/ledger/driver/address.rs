@@ -3,7 +3,9 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
 
+use rustls::crypto::aws_lc_rs;
 use rustls::pki_types::{CertificateDer, pem::PemObject};
 use rustls::{ClientConfig, RootCertStore};
 use url::Url;
@@ -33,8 +35,8 @@ pub(super) enum Place {
     Server(Server),
     /// On one server of this machine.
     Unix(PathBuf),
-    /// On the one that the sentinels name.
-    Sentinel { sentinels: Vec<Server>, master: String, login: Login },
+    /// On the one that the sentinels name; the one at this place is asked first.
+    Sentinel { sentinels: Vec<Server>, first: Arc<AtomicUsize>, master: String, login: Login },
     /// On the masters of a cluster; some of its nodes are known.
     Cluster(Vec<Server>),
 }
@@ -66,30 +68,29 @@ impl Address {
     /// Reads a URL. `ca_file` holds the certificates to trust instead of the system's.
     pub(super) fn read(url: &str, ca_file: Option<PathBuf>) -> Result<Self, RedisSettingError> {
         let url = Url::parse(url).map_err(|_| RedisSettingError::Url)?;
-        let (is_tls, kind) = match url.scheme().strip_prefix("rediss") {
-            Some(kind) => (true, kind),
-            None => (false, url.scheme().strip_prefix("redis").unwrap_or(url.scheme())),
-        };
         let asked = |name: &str| url.query_pairs().find(|(key, _)| key == name).map(|(_, value)| value.into_owned());
-        let place = match kind {
-            "" => Place::Server(hosts(&url, PORT)?.remove(0)),
-            "-sentinel" => Place::Sentinel {
+        let place = match url.scheme() {
+            "redis" | "rediss" => Place::Server(hosts(&url, PORT)?.remove(0)),
+            "redis-sentinel" | "rediss-sentinel" => Place::Sentinel {
                 sentinels: hosts(&url, SENTINEL_PORT)?,
+                first: Arc::default(),
                 master: asked("sentinelServiceName").ok_or(RedisSettingError::Url)?,
                 login: Login { username: asked("sentinelUsername"), password: asked("sentinelPassword") },
             },
-            "-cluster" => Place::Cluster(hosts(&url, PORT)?),
-            "unix" => Place::Unix(PathBuf::from(decoded(url.path())?)),
+            "redis-cluster" | "rediss-cluster" => Place::Cluster(hosts(&url, PORT)?),
+            "unix" => Place::Unix(PathBuf::from(decoded(url.path()))),
             _ => return Err(RedisSettingError::Url),
         };
-        let database = match url.path().trim_start_matches('/') {
-            "" => 0,
-            _ if matches!(place, Place::Unix(_)) => 0,
-            number => number.parse::<u32>().map_err(|_| RedisSettingError::Url)?.into(),
+        let database = match (&place, url.path().trim_start_matches('/')) {
+            // A path is no number, and a cluster has no other than the first.
+            (Place::Unix(_) | Place::Cluster(_), _) | (_, "") => 0,
+            (Place::Server(_) | Place::Sentinel { .. }, number) => {
+                number.parse::<u32>().map_err(|_| RedisSettingError::Url)?.into()
+            }
         };
-        let username = Some(url.username()).filter(|name| !name.is_empty()).map(decoded).transpose()?;
-        let password = url.password().map(decoded).transpose()?;
-        let tls = if is_tls { Some(tls(ca_file)?) } else { None };
+        let given = |part: &str| Some(part).filter(|part| !part.is_empty()).map(decoded);
+        let (username, password) = (given(url.username()), url.password().and_then(given));
+        let tls = if url.scheme().starts_with("rediss") { Some(tls(ca_file)?) } else { None };
         Ok(Self { place, login: Login { username, password }, database, tls })
     }
 }
@@ -99,7 +100,8 @@ fn hosts(url: &Url, port: u16) -> Result<Vec<Server>, RedisSettingError> {
     let first = url.host_str().filter(|host| !host.is_empty()).ok_or(RedisSettingError::Url)?;
     let mut hosts = vec![Server { host: bare(first), port: url.port().unwrap_or(port) }];
     for (_, node) in url.query_pairs().filter(|(key, _)| key == "node") {
-        let (host, number) = match node.rsplit_once(':') {
+        // The colons of an IPv6 address are inside its brackets.
+        let (host, number) = match node.rsplit_once(':').filter(|(_, number)| !number.ends_with(']')) {
             Some((host, number)) => (host, number.parse().map_err(|_| RedisSettingError::Url)?),
             None => (&*node, port),
         };
@@ -117,11 +119,10 @@ fn bare(host: &str) -> String {
 }
 
 /// A part of a URL as it is meant.
-fn decoded(part: &str) -> Result<String, RedisSettingError> {
+fn decoded(part: &str) -> String {
     // A plus is a plus here, and a blank in what the library reads.
-    let text = format!("x={}", part.replace('+', "%2B").replace('&', "%26").replace('=', "%3D"));
-    let mut pairs = url::form_urlencoded::parse(text.as_bytes());
-    pairs.next().map(|(_, value)| value.into_owned()).ok_or(RedisSettingError::Url)
+    let text = format!("x={}", part.replace('+', "%2B").replace('&', "%26"));
+    url::form_urlencoded::parse(text.as_bytes()).map(|(_, value)| value.into_owned()).collect()
 }
 
 /// TLS that trusts the certificates of a file, or those of the system.
@@ -134,7 +135,10 @@ fn tls(ca_file: Option<PathBuf>) -> Result<Arc<ClientConfig>, RedisSettingError>
         roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
         roots
     };
-    Ok(Arc::new(ClientConfig::builder().with_root_certificates(roots).with_no_client_auth()))
+    // Named, because the library's own choice panics when another crate brings it a second one.
+    let builder = ClientConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()));
+    let builder = builder.with_safe_default_protocol_versions().expect("the provider has ciphers for TLS 1.2 and 1.3");
+    Ok(Arc::new(builder.with_root_certificates(roots).with_no_client_auth()))
 }
 
 fn trusted(file: &Path) -> Result<RootCertStore, String> {
@@ -170,18 +174,23 @@ mod tests {
         assert!(matches!(&full.place, Place::Server(one) if *one == server("::1", 7000)), "{full:?}");
         let login = Login { username: Some("me".to_owned()), password: Some("p@ss+w+rd".to_owned()) };
         assert!(full.login == login && full.database == 3 && full.tls.is_some());
+        assert_eq!(read("redis://me:@cache").login, Login { username: Some("me".to_owned()), password: None });
+        let odd = read("redis://u%3Aser:a%26b=c%3Dd%25e%23%2F%3F%40@cache").login;
+        assert_eq!((odd.username.as_deref(), odd.password.as_deref()), (Some("u:ser"), Some("a&b=c=d%e#/?@")));
         assert_eq!(read("redis://:only@cache").login, Login { username: None, password: Some("only".to_owned()) });
         let unix = read("unix:/run/my%20redis.sock");
         assert!(matches!(&unix.place, Place::Unix(path) if path == Path::new("/run/my redis.sock")), "{unix:?}");
         let watched = read(
             "redis-sentinel://u:p@s1/2?sentinelServiceName=main&node=s2:1&node=s3&sentinelUsername=a&sentinelPassword=b%20c",
         );
-        let Place::Sentinel { sentinels, master, login } = &watched.place else { panic!("{watched:?}") };
+        let Place::Sentinel { sentinels, master, login, .. } = &watched.place else { panic!("{watched:?}") };
         assert_eq!(*sentinels, [server("s1", 26_379), server("s2", 1), server("s3", 26_379)]);
         assert_eq!((master.as_str(), login.username.as_deref()), ("main", Some("a")));
         assert_eq!((login.password.as_deref(), watched.database), (Some("b c"), 2));
-        let cluster = read("rediss-cluster://n1:1?node=[::2]:2");
-        assert!(matches!(&cluster.place, Place::Cluster(nodes) if *nodes == [server("n1", 1), server("::2", 2)]));
+        let cluster = read("rediss-cluster://n1:1/7?node=[::2]:2&node=[::3]");
+        let nodes = [server("n1", 1), server("::2", 2), server("::3", 6379)];
+        assert!(matches!(&cluster.place, Place::Cluster(told) if *told == nodes), "{cluster:?}");
+        assert_eq!(cluster.database, 0);
         assert!(!format!("{full:?}{watched:?}").contains("p@ss") && !format!("{watched:?}").contains("b c"));
     }
 
@@ -196,6 +205,8 @@ mod tests {
             "redis-cluster://n1?node=n2:x",
             "redis-cluster://n1?node=:1",
             "cache:6379",
+            "redisunix:/run/redis.sock",
+            "redis://cache/-1",
         ] {
             assert!(matches!(Address::read(url, None), Err(RedisSettingError::Url)), "{url}");
         }

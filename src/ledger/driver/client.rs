@@ -1,6 +1,7 @@
 //! A connection that is made again whenever it breaks.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use redis::{Cmd, Value};
@@ -11,9 +12,13 @@ use tokio_util::sync::CancellationToken;
 use super::address::{Address, Server};
 use super::connection::{Asker, Connection, Failure, Pushed};
 
-/// How long after a connection could not be made the next one is tried: doubled each time, up to the second.
+/// How long after a connection could not be made the next one is tried: doubled each time, up to the second. One that
+/// stood for a shorter time than that is as good as none.
 const AGAIN_AFTER: Duration = Duration::from_millis(50);
 const AGAIN_AFTER_AT_MOST: Duration = Duration::from_millis(500);
+
+/// Questions that may wait at once, for a connection or for an answer. One more fails without waiting.
+const QUESTIONS_MAX: usize = 10_000;
 
 /// A connection that stands.
 #[derive(Clone)]
@@ -39,6 +44,16 @@ pub(super) struct Client {
     live: watch::Receiver<Option<Live>>,
     timeout: Duration,
     anew: Arc<Notify>,
+    questions: AtomicUsize,
+}
+
+/// One question that waits.
+struct Turn<'a>(&'a AtomicUsize);
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 impl Client {
@@ -57,21 +72,31 @@ impl Client {
             stop.run_until_cancelled(keep(&address, pushed, told, &asked, &sender)).await;
             sender.send_replace(None);
         });
-        Self { live, timeout, anew }
+        Self { live, timeout, anew, questions: AtomicUsize::new(0) }
     }
 
     /// Asks on the connection that stands, or waits for one; both together no longer than the client's limit.
     pub(super) async fn ask(&self, command: &Cmd) -> Result<Value, Failure> {
+        let _turn = self.turn()?;
         let until = Instant::now() + self.timeout;
         let asker = self.live(until, |live| live.asker.clone()).await?;
         limited(until, asker.ask(command)).await
     }
 
-    /// Starts to receive channels; returns when Redis has said so for each.
-    pub(super) async fn subscribe(&self, channels: &[String]) -> Result<(), Failure> {
+    /// Subscribes a channel, or ends its subscription, as [`Self::ask`] asks.
+    pub(super) async fn channel(&self, verb: &str, channel: &str) -> Result<(), Failure> {
+        let _turn = self.turn()?;
         let until = Instant::now() + self.timeout;
         let asker = self.live(until, |live| live.asker.clone()).await?;
-        limited(until, asker.subscribe(channels)).await
+        limited(until, asker.channel(verb, channel)).await
+    }
+
+    fn turn(&self) -> Result<Turn<'_>, Failure> {
+        let turn = Turn(&self.questions);
+        if self.questions.fetch_add(1, Ordering::Relaxed) < QUESTIONS_MAX {
+            return Ok(turn);
+        }
+        Err(Failure::Lost("too many calls wait for Redis".to_owned()))
     }
 
     /// Which connection stands, or the next one.
@@ -85,7 +110,7 @@ impl Client {
         }
         let mut live = self.live.clone();
         let found = tokio::time::timeout_at(until, live.wait_for(Option::is_some)).await;
-        let Ok(found) = found else { return Err(Failure::Late) };
+        let Ok(found) = found else { return Err(Failure::Unconnected) };
         let found = found.ok().and_then(|live| live.as_ref().map(&part));
         found.ok_or_else(|| Failure::Lost("the client was closed".to_owned()))
     }
@@ -128,23 +153,205 @@ async fn keep(
         match Connection::open(address, pushed.clone()).await {
             Ok(mut connection) => {
                 number += 1;
-                wait = AGAIN_AFTER;
+                let since = Instant::now();
                 let given_up = anew.notified();
                 told(Told::Up(connection.server.as_ref()));
                 let asker = connection.asker();
                 live.send_replace(Some(Live { asker, server: connection.server.clone(), number }));
                 let why = tokio::select! {
-                    () = connection.broken() => "the connection broke",
-                    () = given_up => "the connection was given up",
+                    why = connection.broken() => why,
+                    () = given_up => Failure::Lost("the connection was given up".to_owned()),
                 };
                 live.send_replace(None);
-                told(Told::Down(&Failure::Lost(why.to_owned())));
+                told(Told::Down(&why));
+                if since.elapsed() > AGAIN_AFTER_AT_MOST {
+                    wait = AGAIN_AFTER;
+                    continue;
+                }
             }
-            Err(failure) => {
-                told(Told::Down(&failure));
-                tokio::time::sleep(wait).await;
-                wait = (wait * 2).min(AGAIN_AFTER_AT_MOST);
-            }
+            Err(failure) => told(Told::Down(&failure)),
         }
+        tokio::time::sleep(wait).await;
+        wait = (wait * 2).min(AGAIN_AFTER_AT_MOST);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use futures_util::future::join_all;
+    use tempfile::TempDir;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::{UnixListener, UnixStream};
+    use tokio::sync::mpsc;
+
+    use super::*;
+    use crate::ledger::driver::address::Place;
+    use crate::ledger::driver::bounded::Excess;
+    use crate::ledger::driver::connection::command;
+
+    const SOON: Duration = Duration::from_secs(5);
+
+    /// A client of a server that is not Redis: each connection, greeted, comes out of the receiver.
+    struct Stage {
+        client: Client,
+        greeted: mpsc::UnboundedReceiver<UnixStream>,
+        /// Why connections ended.
+        ends: mpsc::UnboundedReceiver<String>,
+        stop: CancellationToken,
+        _folder: TempDir,
+    }
+
+    impl Stage {
+        fn new(timeout: Duration) -> Self {
+            let folder = tempfile::tempdir().expect("a temporary folder");
+            let socket = folder.path().join("socket");
+            let listener = UnixListener::bind(&socket).expect("a socket");
+            let (sender, greeted) = mpsc::unbounded_channel();
+            tokio::spawn(async move {
+                while let Ok((mut stream, _)) = listener.accept().await {
+                    let mut greeting = [0; 1024];
+                    let read = stream.read(&mut greeting).await.expect("a greeting");
+                    assert!(greeting[..read].windows(5).any(|word| word == b"HELLO"));
+                    stream.write_all(b"%0\r\n").await.expect("an open connection");
+                    // Fails when the test is over.
+                    sender.send(stream).ok();
+                }
+            });
+            let (told, ends) = mpsc::unbounded_channel();
+            let told = move |end: Told<'_>| {
+                if let Told::Down(failure) = end {
+                    told.send(failure.text().to_owned()).ok();
+                }
+            };
+            let stop = CancellationToken::new();
+            let client = start(socket, timeout, told, &stop);
+            Self { client, greeted, ends, stop, _folder: folder }
+        }
+
+        async fn connection(&mut self) -> UnixStream {
+            tokio::time::timeout(SOON, self.greeted.recv()).await.expect("a connection in time").expect("a server")
+        }
+
+        async fn end(&mut self) -> String {
+            tokio::time::timeout(SOON, self.ends.recv()).await.expect("an end in time").expect("a client")
+        }
+    }
+
+    impl Drop for Stage {
+        fn drop(&mut self) {
+            self.stop.cancel();
+        }
+    }
+
+    fn start(
+        socket: PathBuf,
+        timeout: Duration,
+        told: impl FnMut(Told<'_>) + Send + 'static,
+        stop: &CancellationToken,
+    ) -> Client {
+        let address = Address::read("unix:/nowhere", None).expect("an address");
+        Client::start(Arc::new(Address { place: Place::Unix(socket), ..address }), timeout, None, told, stop.clone())
+    }
+
+    #[tokio::test]
+    async fn one_question_too_many_fails_without_waiting() {
+        let stop = CancellationToken::new();
+        let client = start(PathBuf::from("/nowhere"), Duration::from_millis(100), |_| {}, &stop);
+        let ping = command("PING", &[]);
+        let answers = join_all((0..=QUESTIONS_MAX).map(|_| client.ask(&ping))).await;
+        let late = answers.iter().filter(|answer| **answer == Err(Failure::Unconnected)).count();
+        assert_eq!(late, QUESTIONS_MAX);
+        assert!(matches!(answers.last(), Some(Err(Failure::Lost(_)))), "{:?}", answers.last());
+        assert_eq!(client.ask(&ping).await, Err(Failure::Unconnected));
+        stop.cancel();
+    }
+
+    /// The server takes the question and hangs up: whoever asked learns so at once, and the next connection brings no
+    /// second copy.
+    #[tokio::test]
+    async fn a_question_is_sent_once() {
+        let mut stage = Stage::new(SOON);
+        let mut first = stage.connection().await;
+        let script = command("EVAL", &["return 1", "0"]);
+        let (answer, ()) = tokio::join!(stage.client.ask(&script), async {
+            let mut question = [0; 1024];
+            assert!(first.read(&mut question).await.expect("a question") > 0);
+            drop(first);
+        });
+        assert!(matches!(answer, Err(Failure::Lost(_))), "{answer:?}");
+        assert_eq!(stage.end().await, "Redis closed the connection");
+        let mut second = stage.connection().await;
+        let ping = command("PING", &[]);
+        let (answer, question) = tokio::join!(stage.client.ask(&ping), async {
+            let mut question = [0; 1024];
+            let read = second.read(&mut question).await.expect("a question");
+            second.write_all(b"+PONG\r\n").await.expect("an open connection");
+            String::from_utf8_lossy(&question[..read]).into_owned()
+        });
+        assert_eq!((answer, question.as_str()), (Ok(Value::SimpleString("PONG".to_owned())), "*1\r\n$4\r\nPING\r\n"));
+    }
+
+    /// The server reads nothing, a long question stands in the way, and the one behind it waits too long: it is not sent
+    /// when the way is free again.
+    #[tokio::test]
+    async fn a_question_that_was_given_up_is_never_sent() {
+        let mut stage = Stage::new(Duration::from_millis(200));
+        let mut connection = stage.connection().await;
+        let long = command("PING", &[&"x".repeat(8 << 20)]);
+        let (late, last) = (command("LATE", &[]), command("LAST", &[]));
+        let (first, second) = tokio::join!(biased; stage.client.ask(&long), stage.client.ask(&late));
+        assert_eq!((first, second), (Err(Failure::Late), Err(Failure::Late)));
+        let (last, read) = tokio::join!(stage.client.ask(&last), async {
+            let mut read = Vec::new();
+            while !read.ends_with(b"LAST\r\n") {
+                connection.read_buf(&mut read).await.expect("an open connection");
+            }
+            connection.write_all(b"+PONG\r\n+OK\r\n").await.expect("an open connection");
+            read
+        });
+        assert_eq!(last, Ok(Value::Okay));
+        assert!(!read.windows(4).any(|word| word == b"LATE"));
+    }
+
+    #[tokio::test]
+    async fn an_answer_to_nothing_ends_the_connection() {
+        let mut stage = Stage::new(SOON);
+        for unasked in ["+OK\r\n", ">3\r\n$7\r\nmessage\r\n$1\r\nc\r\n$1\r\nt\r\n"] {
+            let mut connection = stage.connection().await;
+            connection.write_all(unasked.as_bytes()).await.expect("an open connection");
+            assert_eq!(stage.end().await, Excess::Unasked.to_string(), "{unasked}");
+        }
+        stage.connection().await;
+    }
+
+    /// A server that hangs up after each greeting is asked less and less often.
+    #[tokio::test]
+    async fn a_connection_that_breaks_at_once_is_as_good_as_none() {
+        let mut stage = Stage::new(SOON);
+        let until = Instant::now() + Duration::from_secs(2);
+        let mut connections = 0;
+        while tokio::time::timeout_at(until, stage.greeted.recv()).await.is_ok() {
+            connections += 1;
+        }
+        assert!((3..9).contains(&connections), "{connections} in two seconds");
+    }
+
+    /// One that is given up is replaced; a second wish for that, while none stands, costs the new one nothing.
+    #[tokio::test]
+    async fn a_connection_that_is_given_up_makes_room_for_one_other() {
+        let mut stage = Stage::new(SOON);
+        let first = stage.connection().await;
+        stage.client.connected().await.expect("a connection");
+        stage.client.reconnect();
+        stage.client.reconnect();
+        assert_eq!(stage.end().await, "the connection was given up");
+        stage.client.reconnect();
+        let second = stage.connection().await;
+        assert_eq!(stage.client.connected().await, Ok(2));
+        let third = tokio::time::timeout(Duration::from_millis(300), stage.greeted.recv()).await;
+        assert!(third.is_err(), "a third connection");
+        drop((first, second));
     }
 }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use futures_util::future::try_join_all;
 use redis::{PushInfo, PushKind, Value};
-use tokio::sync::{Notify, mpsc, oneshot};
+use tokio::sync::{Notify, OwnedSemaphorePermit, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use super::address::{Address, Place, Server};
@@ -26,8 +26,13 @@ const PROBE_LOST_AFTER: Duration = Duration::from_millis(2500);
 /// The same when no probe can be sent either.
 const SILENT_AT_MOST: Duration = Duration::from_secs(10);
 
-/// Messages of Redis's that may wait for this process to take them: those of a wave of ten thousand deadlines.
+/// Messages of Redis's that may wait for this process to take them: those of a wave of ten thousand deadlines. How many
+/// bytes they may have together is [`super::MESSAGES_BYTES_MAX`].
 const MESSAGES_MAX: usize = 16_384;
+
+/// The longest message that is taken, in bytes. The longest that is sent tells of a thousand locks that reached their
+/// deadline, in eighty bytes each.
+const MESSAGE_BYTES_MAX: usize = 256 * 1024;
 
 /// How many channels are subscribed at once.
 const PORTION: usize = 500;
@@ -42,7 +47,7 @@ pub(super) struct Link {
     /// Whether the connection for commands stands.
     pub(super) is_up: Arc<AtomicBool>,
     /// Asks for every channel to be subscribed again.
-    pub(super) renew: Notify,
+    pub(super) renew: Arc<Notify>,
     started: Instant,
     /// Milliseconds since `started` of the last answer, and how many commands went unanswered since.
     answered_ms: AtomicU64,
@@ -63,6 +68,7 @@ struct Waits {
 struct Message {
     channel: String,
     text: String,
+    room: OwnedSemaphorePermit,
 }
 
 impl Link {
@@ -77,8 +83,8 @@ impl Link {
         let told = connection_log(Arc::clone(driver), Arc::clone(&is_up));
         let commands = Client::start(Arc::clone(&address), driver.timeout, None, told, stop.clone());
         let (sender, messages) = mpsc::channel(MESSAGES_MAX);
-        let lost = Arc::new(AtomicU64::new(0));
-        let pushed = hand_on(sender, Arc::clone(&lost));
+        let (lost, renew) = (Arc::new(AtomicU64::new(0)), Arc::new(Notify::new()));
+        let pushed = hand_on(Arc::clone(driver), sender, Arc::clone(&lost), Arc::clone(&renew));
         let subscriber = Client::start(address, driver.timeout, Some(Arc::new(pushed)), |_| {}, stop.clone());
         let link = Arc::new(Self {
             server,
@@ -86,7 +92,7 @@ impl Link {
             subscriber,
             timeout: driver.timeout,
             is_up,
-            renew: Notify::new(),
+            renew,
             started: Instant::now(),
             answered_ms: AtomicU64::new(0),
             unanswered: AtomicU32::new(0),
@@ -108,22 +114,18 @@ impl Link {
         self.subscriber.reconnect();
     }
 
-    /// Starts to receive channels; returns when Redis has said so.
+    /// Starts to receive channels; returns when Redis has said so for each. Each has a command of its own: those of
+    /// different slots must not share one, and an answer for each is what shows that it belongs to the question.
     pub(super) async fn subscribe(&self, driver: &Driver, channels: &[String]) -> Result<(), Failure> {
-        let (sharded, plain): (Vec<String>, Vec<String>) =
-            channels.iter().cloned().partition(|channel| driver.is_sharded(channel));
-        if !plain.is_empty() {
-            self.subscriber.subscribe(&plain).await?;
-        }
-        // One for each: those of different slots must not share a command, and of several answers the client takes one.
-        let sharded: Vec<_> = sharded.iter().map(|channel| command("SSUBSCRIBE", &[channel])).collect();
-        try_join_all(sharded.iter().map(|command| self.subscriber.ask(command))).await.map(drop)
+        let verb = |channel: &str| if driver.is_sharded(channel) { "SSUBSCRIBE" } else { "SUBSCRIBE" };
+        let all = channels.iter().map(|channel| self.subscriber.channel(verb(channel), channel));
+        try_join_all(all).await.map(drop)
     }
 
     /// Stops receiving a channel.
     pub(super) async fn unsubscribe(&self, driver: &Driver, channel: &str) -> Result<(), Failure> {
-        let name = if driver.is_sharded(channel) { "SUNSUBSCRIBE" } else { "UNSUBSCRIBE" };
-        self.subscriber.ask(&command(name, &[channel])).await.map(drop)
+        let verb = if driver.is_sharded(channel) { "SUNSUBSCRIBE" } else { "UNSUBSCRIBE" };
+        self.subscriber.channel(verb, channel).await
     }
 
     /// Waits until so many Redis replicas have everything that was written on this connection before, at most `within`.
@@ -168,12 +170,12 @@ impl Link {
         answer: Result<Reply, Failure>,
     ) -> Result<Reply, LedgerError> {
         let now_ms = u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX);
+        if matches!(answer, Ok(_) | Err(Failure::Refused(_))) {
+            self.answered_ms.store(now_ms, Ordering::Relaxed);
+            self.unanswered.store(0, Ordering::Relaxed);
+        }
         let failure = match answer {
-            Ok(reply) => {
-                self.answered_ms.store(now_ms, Ordering::Relaxed);
-                self.unanswered.store(0, Ordering::Relaxed);
-                return Ok(reply);
-            }
+            Ok(reply) => return Ok(reply),
             Err(failure) => failure,
         };
         let is_demoted = is_demoted(failure.text());
@@ -186,7 +188,8 @@ impl Link {
             tracing::warn!("Redis is a replica now; looking for the master");
             self.commands.reconnect();
         }
-        if matches!(error, LedgerError::Timeout(_)) {
+        // What waited for a connection says nothing about the one that it did not have.
+        if failure == Failure::Late {
             let unanswered = self.unanswered.fetch_add(1, Ordering::Relaxed) + 1;
             let silent = now_ms.saturating_sub(self.answered_ms.load(Ordering::Relaxed));
             if unanswered >= DEAF_COMMANDS && u128::from(silent) >= DEAF_AFTER.as_millis() {
@@ -214,7 +217,7 @@ fn is_demoted(text: &str) -> bool {
 
 fn classify(script: &'static str, timeout: Duration, failure: &Failure) -> LedgerError {
     match failure {
-        Failure::Late => LedgerError::Timeout(timeout),
+        Failure::Unconnected | Failure::Late => LedgerError::Timeout(timeout),
         Failure::Lost(text) => LedgerError::Disconnected(text.clone()),
         Failure::Refused(text) if is_demoted(text) || NOT_NOW.iter().any(|word| text.starts_with(word)) => {
             LedgerError::Disconnected(text.clone())
@@ -252,22 +255,37 @@ fn connection_log(driver: Arc<Driver>, is_up: Arc<AtomicBool>) -> impl FnMut(Tol
     }
 }
 
-/// Takes what Redis sends unasked: messages; what finds no place is counted.
-fn hand_on(messages: mpsc::Sender<Message>, lost: Arc<AtomicU64>) -> impl Fn(PushInfo) -> Result<(), ()> + Send + Sync {
+/// Takes what Redis sends unasked: messages, of which what finds no room is counted, and ends of subscriptions.
+fn hand_on(
+    driver: Arc<Driver>,
+    messages: mpsc::Sender<Message>,
+    lost: Arc<AtomicU64>,
+    renew: Arc<Notify>,
+) -> impl Fn(PushInfo) + Send + Sync {
     move |info| {
-        if !matches!(info.kind, PushKind::Message | PushKind::SMessage) {
-            return Ok(());
-        }
         let mut texts = info.data.into_iter().map(|part| {
             let bytes = if let Value::BulkString(bytes) = part { bytes } else { Vec::new() };
             String::from_utf8(bytes).unwrap_or_default()
         });
-        let (Some(channel), Some(text)) = (texts.next(), texts.next()) else { return Ok(()) };
-        if messages.try_send(Message { channel, text }).is_err() {
-            lost.fetch_add(1, Ordering::Relaxed);
+        if matches!(info.kind, PushKind::Message | PushKind::SMessage) {
+            let (Some(channel), Some(text)) = (texts.next(), texts.next()) else { return };
+            if room(&driver, channel.len() + text.len())
+                .is_none_or(|room| messages.try_send(Message { channel, text, room }).is_err())
+            {
+                lost.fetch_add(1, Ordering::Relaxed);
+            }
+        } else if info.kind == PushKind::SUnsubscribe && texts.next().is_some_and(|channel| driver.wants(&channel)) {
+            // The slot has left this master, and is perhaps back before anybody has looked.
+            driver.doubt.notify_one();
+            renew.notify_one();
         }
-        Ok(())
     }
+}
+
+/// Room for a message of so many bytes.
+fn room(driver: &Driver, bytes: usize) -> Option<OwnedSemaphorePermit> {
+    let bytes = u32::try_from(bytes).ok().filter(|_| bytes <= MESSAGE_BYTES_MAX)?;
+    Arc::clone(&driver.room).try_acquire_many_owned(bytes).ok()
 }
 
 /// Since something was heard from the subscription.
@@ -319,13 +337,8 @@ async fn deliver(driver: Arc<Driver>, link: Arc<Link>, mut messages: mpsc::Recei
                     }
                 } else if link.has(&driver, &message.channel) {
                     // A slot that has moved may leave a subscription behind.
-                    let delivery = Delivery::Message { channel: message.channel, text: message.text };
-                    gap |= driver.deliveries.try_send(delivery).is_err();
-                }
-                let missed = lost.swap(0, Ordering::Relaxed);
-                if missed > 0 {
-                    metrics::LEDGER_NOTICES_LOST.add(&[], missed);
-                    gap = true;
+                    let Message { channel, text, room } = message;
+                    gap |= driver.deliveries.try_send(Delivery::Message { channel, text, room }).is_err();
                 }
             }
             changed = connections.changed() => {
@@ -364,6 +377,11 @@ async fn deliver(driver: Arc<Driver>, link: Arc<Link>, mut messages: mpsc::Recei
                     }
                 });
             }
+        }
+        let missed = lost.swap(0, Ordering::Relaxed);
+        if missed > 0 {
+            metrics::LEDGER_NOTICES_LOST.add(&[], missed);
+            gap = true;
         }
         if gap && driver.deliveries.try_send(Delivery::Gap).is_ok() {
             gap = false;

@@ -4,10 +4,10 @@
 //! seconds or more, until the sentinels demote it.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use redis::{Value, from_redis_value};
+use redis::{Value, from_redis_value_ref};
 
 use super::Driver;
 use super::address::{Address, Login, Place, Server};
@@ -18,13 +18,14 @@ use super::link::Link;
 const ASK_EVERY: Duration = Duration::from_secs(1);
 
 /// Connects to the master that a sentinel names, the first that names a living one. One that was cut off from the
-/// others goes on to tell what it knew.
+/// others goes on to tell what it knew; so does each for a second or two after a failover that another one led.
 pub(super) async fn open(address: &Address, pushed: Option<Pushed>) -> Result<Connection, Failure> {
-    let Place::Sentinel { sentinels, .. } = &address.place else { return Err(no_sentinel()) };
+    let Place::Sentinel { sentinels, first, .. } = &address.place else { return Err(no_sentinel()) };
     let mut last = no_sentinel();
     // One that is no master, or cannot be reached, is not tried again for the next sentinel.
     let mut tried: Vec<Server> = Vec::new();
-    for sentinel in sentinels {
+    let (before, after) = sentinels.split_at(first.load(Ordering::Relaxed).min(sentinels.len()));
+    for sentinel in after.iter().chain(before) {
         let named = match connect(address, sentinel).await {
             Ok(connection) => ask(&connection, address).await,
             Err(failure) => Err(failure),
@@ -58,7 +59,7 @@ async fn connect(address: &Address, sentinel: &Server) -> Result<Connection, Fai
 async fn ask(connection: &Connection, address: &Address) -> Result<Server, Failure> {
     let Place::Sentinel { master, .. } = &address.place else { return Err(no_sentinel()) };
     let reply = connection.ask(&command("SENTINEL", &["get-master-addr-by-name", master])).await?;
-    let (host, port) = from_redis_value(reply)
+    let (host, port) = from_redis_value_ref(&reply)
         .map_err(|_| Failure::Lost(format!("the sentinel knows no master of the name {master}")))?;
     Ok(Server { host, port })
 }
@@ -76,7 +77,7 @@ async fn join(address: &Address, server: &Server, pushed: Option<Pushed>) -> Res
 }
 
 /// Connects anew when a sentinel names another master than the one that is connected, until the driver ends.
-pub(super) async fn follow(driver: Arc<Driver>, link: Arc<Link>, sentinels: Vec<Server>) {
+pub(super) async fn follow(driver: Arc<Driver>, link: Arc<Link>, sentinels: Vec<Server>, first: Arc<AtomicUsize>) {
     let mut connection: Option<Connection> = None;
     let mut turn = 0;
     // Sentinels may know a master by several names: each is a reason only once.
@@ -96,6 +97,8 @@ pub(super) async fn follow(driver: Arc<Driver>, link: Arc<Link>, sentinels: Vec<
                 followed = None;
             } else if link.is_up.load(Ordering::Relaxed) && followed.as_ref() != Some(&master) {
                 tracing::info!(%master, "Sentinel names another master; connecting anew");
+                // The one that has just said so, or the next may still name the old one.
+                first.store(turn % sentinels.len(), Ordering::Relaxed);
                 link.reconnect();
                 followed = Some(master);
             }

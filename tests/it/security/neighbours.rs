@@ -79,6 +79,13 @@ async fn besieged(house: &House, evil: Evil) -> Value {
     answer
 }
 
+/// Of which each is read to its end before it turns out to be none.
+fn long_message() -> &'static [u8] {
+    let text = "0|".repeat(16 * 1024);
+    let message = format!(">3\r\n$7\r\nmessage\r\n$16\r\nseatlock:expired\r\n${}\r\n{text}\r\n", text.len());
+    message.into_bytes().leak()
+}
+
 /// What answers in place of Redis is never believed: requests are `unavailable` in time.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_redis_that_talks_nonsense() {
@@ -102,6 +109,15 @@ async fn a_redis_that_talks_nonsense() {
             HUGE,
         ),
         evil("Redis: answers that nobody asked for", b"%1\r\n+server\r\n+redis\r\n", b"*2\r\n$2\r\nok\r\n:1\r\n", HUGE),
+        // Two lines to who ends them at a line feed, one to who does not; behind it a list that only the latter sees.
+        evil(
+            "Redis: a line that is two",
+            b"%1\r\n+server\r\n+redis\r\n+a\n$11\r\n*2147483647\r\n",
+            b"$5\r\nxxxxx\r\n",
+            HUGE,
+        ),
+        evil("Redis: an error shorter than nothing", b"%1\r\n+server\r\n+redis\r\n!-1\r\n", b"$5\r\nxxxxx\r\n", HUGE),
+        evil("Redis: long messages", b"%1\r\n+server\r\n+redis\r\n", long_message(), HUGE),
     ] {
         let address = start(evil);
         let house = House::start(&[("SEATLOCK_REDIS_URL", &format!("redis://{address}"))]);
