@@ -147,7 +147,7 @@ pub struct GatewayOptions {
 }
 
 impl Default for GatewayOptions {
-    /// The defaults of the contract; the bounds on sockets are generous for one process (23 KiB each when idle) and one person.
+    /// The defaults of the contract; the bounds on sockets are generous for one process (7 KiB each when idle, on a WebSocket) and one person.
     fn default() -> Self {
         Self {
             origins: Origins::Any,
