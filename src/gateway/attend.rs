@@ -129,7 +129,9 @@ impl Heir for Attendant {
         let alive = self.line.alive();
         let now = Instant::now();
         let (shared, session, line, guest) = (self.shared, self.session, self.line, self.guest);
-        let pulse = Pulse { ping_at: now + PING_INTERVAL, pong_by: None, leaves_at: None };
+        // Its client may have left while the connection went over.
+        let leaves_at = session.over.is_cancelled().then(|| now + HANDSHAKE_TIMEOUT);
+        let pulse = Pulse { ping_at: now + PING_INTERVAL, pong_by: None, leaves_at };
         let reading = Reading { shared, session, pipe, reader, frames: Frames::default(), pulse };
         tokio::spawn(reading.live(line, (alive, guest)));
     }

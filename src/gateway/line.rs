@@ -56,7 +56,7 @@ impl Line {
         (stream, Self { pipe: Some(pipe), ..line })
     }
 
-    /// Names who takes the connection over as soon as that can be.
+    /// Names who takes the connection over as soon as that can be; the last one counts.
     pub(super) fn offer(&self, heir: Box<dyn Heir>) {
         if let Some(pipe) = self.pipe.as_ref().and_then(Weak::upgrade) {
             pipe.offer(heir);

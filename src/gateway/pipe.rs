@@ -101,10 +101,11 @@ impl std::fmt::Debug for Pipe {
 }
 
 impl Pipe {
-    /// Names who takes the connection over as soon as that can be. Only the first counts.
+    /// Names who takes the connection over as soon as that can be. The last one counts: a client may leave its session and
+    /// begin another on the same connection.
     pub fn offer(&self, heir: Box<dyn Heir>) {
         let mut state = lock(&self.state);
-        if state.stage == Stage::Lent && state.heir.is_none() {
+        if state.stage == Stage::Lent {
             state.heir = Some(heir);
             if let Some(waker) = state.waker.take() {
                 waker.wake();
@@ -553,6 +554,17 @@ mod tests {
         writing.write_all(b"x").await.expect("written");
         assert_eq!(timeout(PATIENCE, read).await.expect("in time").expect("no panic"), LEAVES);
         assert!(taken.recv().await.is_some());
+    }
+
+    #[tokio::test]
+    async fn the_last_session_of_a_connection_has_it() {
+        let (mut tap, pipe, _client) = switched(REQUEST).await;
+        let (mut first, mut last) = (offer(&pipe, true), offer(&pipe, true));
+        assert_eq!(read(&mut tap, LEAVES.len()).await, LEAVES);
+        assert!(first.recv().await.is_none() && last.recv().await.is_some());
+        let mut late = offer(&pipe, true);
+        drop(tap);
+        assert!(late.recv().await.is_none() && last.recv().await.is_some());
     }
 
     #[tokio::test]
