@@ -13,7 +13,8 @@ use crate::metrics;
 /// and its JSON around it.
 pub const MESSAGE_BYTES_MAX: usize = 32 * 1024;
 
-/// What is read of a WebSocket at once. Requests are a hundred bytes; every socket has a buffer of this size for life.
+/// What is read of a WebSocket at once before it is taken over. Requests are a hundred bytes; every socket has a buffer of
+/// this size until then.
 pub const READ_BUFFER_BYTES: usize = 512;
 
 /// Messages of one socket that may wait for their turn. Beyond it they are answered `rate_limited` at once. More than
@@ -30,8 +31,8 @@ pub const INBOX_RETRY_AFTER: Duration = Duration::from_secs(1);
 /// Rooms that one socket may be in. A page shows one event; a wall of events shows a few.
 pub const ROOMS_MAX: usize = 32;
 
-/// Packets that may wait for one socket's transport. Twice the categories an event may have, which a joiner is told at
-/// once; 1024 of the usual 300 bytes are 0.3 MiB for a client that has stalled.
+/// Packets that may wait for the transport of a socket that polls, or is not taken over yet. Twice the categories an event
+/// may have, which a joiner is told at once; 1024 of the usual 300 bytes are 0.3 MiB for a client that has stalled.
 pub const OUTBOX_LEN_MAX: usize = 1024;
 
 /// A ping goes out this often.
