@@ -85,10 +85,8 @@ impl<'a> Packet<'a> {
     /// Reads the text of an Engine.IO message; `None` when it is no packet without attachments.
     pub fn read(text: &'a str) -> Option<Self> {
         let (kind, rest) = text.split_at_checked(1)?;
-        let (namespace, rest) = match rest.starts_with('/') {
-            true => rest.split_once(',').unwrap_or((rest, "")),
-            false => ("/", rest),
-        };
+        let (namespace, rest) =
+            if rest.starts_with('/') { rest.split_once(',').unwrap_or((rest, "")) } else { ("/", rest) };
         let digits = rest.bytes().take_while(u8::is_ascii_digit).count();
         let (id, data) = rest.split_at(digits);
         // Where no data follows, or a number too large for an id, there is none.
@@ -209,11 +207,11 @@ impl Reading {
         SCRATCH.with_borrow_mut(|scratch| {
             let mut buf = ReadBuf::new(scratch);
             let read = ready!(Pin::new(&mut self.reader).poll_read(cx, &mut buf));
-            Poll::Ready(self.take(read, buf.filled_mut()))
+            Poll::Ready(self.take(&read, buf.filled_mut()))
         })
     }
 
-    fn take(&mut self, read: io::Result<()>, bytes: &mut [u8]) -> ControlFlow<End> {
+    fn take(&mut self, read: &io::Result<()>, bytes: &mut [u8]) -> ControlFlow<End> {
         match read {
             Err(_) => return ControlFlow::Break(End::Broken),
             Ok(()) if bytes.is_empty() => return ControlFlow::Break(End::Closed),
@@ -260,9 +258,10 @@ impl Reading {
             None => ControlFlow::Break(End::Unreadable),
             Some(Packet::Message(..) | Packet::Disconnect) if pulse.leaves_at.is_some() => ControlFlow::Continue(()),
             Some(Packet::Message(text, ack)) => {
-                match shared.take_in(session, Incoming { text: text.into(), ack, at: Instant::now() }) {
-                    true => ControlFlow::Continue(()),
-                    false => ControlFlow::Break(End::Ended),
+                if shared.take_in(session, Incoming { text: text.into(), ack, at: Instant::now() }) {
+                    ControlFlow::Continue(())
+                } else {
+                    ControlFlow::Break(End::Ended)
                 }
             }
             Some(Packet::Disconnect) => {

@@ -213,11 +213,11 @@ mod tests {
         match payload.len() {
             len @ 0..126 => frame.push(MASKED | u8::try_from(len).expect("short")),
             len @ 126..0x1_0000 => {
-                frame.push(MASKED | 126);
+                frame.push(MASKED | 0x7e);
                 frame.extend_from_slice(&u16::try_from(len).expect("medium").to_be_bytes());
             }
             len => {
-                frame.push(MASKED | 127);
+                frame.push(MASKED | 0x7f);
                 frame.extend_from_slice(&(len as u64).to_be_bytes());
             }
         }
@@ -288,12 +288,12 @@ mod tests {
         in_parts.extend(sent(LAST | CONTINUED, b"a"));
         let mut begun_twice = sent(TEXT, b"a");
         begun_twice.extend(sent(LAST | TEXT, b"b"));
-        let endless = [&[LAST | TEXT, MASKED | 127][..], &[0xff; 8]].concat();
+        let endless = [&[LAST | TEXT, MASKED | 0x7f][..], &[0xff; 8]].concat();
         for (bytes, breach) in [
             (unmasked, Breach::Protocol),
             (sent(LAST | TEXT | 0x40, b"a"), Breach::Protocol),
             (sent(LAST | 3, b"a"), Breach::Protocol),
-            (sent(LAST | 11, b"a"), Breach::Protocol),
+            (sent(LAST | 0x0b, b"a"), Breach::Protocol),
             (sent(PING, b"a"), Breach::Protocol),
             (sent(LAST | PING, &[0; 126]), Breach::Protocol),
             (sent(LAST | CONTINUED, b"a"), Breach::Protocol),

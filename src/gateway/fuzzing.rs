@@ -61,7 +61,7 @@ fn read_frames(data: &[u8], portion: usize) -> (Vec<String>, Option<Breach>) {
             if let Received::Text(text) = received
                 && let Some(Packet::Message(message, _)) = Packet::read(text)
             {
-                assert!(message.starts_with("[") && text.ends_with(message));
+                assert!(message.starts_with('[') && text.ends_with(message));
             }
             seen.push(format!("{received:?}"));
             ControlFlow::<()>::Continue(())

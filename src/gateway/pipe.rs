@@ -23,7 +23,7 @@ use super::lock;
 const REST_BYTES_MAX: usize = 64 * 1024;
 
 /// What a client sends to end its transport: a masked frame (the mask is zero) with an Engine.IO close packet.
-const LEAVES: &[u8] = b"\x81\x81\0\0\0\01";
+const LEAVES: &[u8] = b"\x81\x81\x00\x00\x00\x001";
 
 /// What is offered first on a WebSocket is the greeting of the transport; the second offer is of the task that writes what
 /// is queued. Before that task has begun it would not write the queue when the client leaves.
@@ -607,7 +607,7 @@ mod tests {
         drop(tap);
         taken.recv().await.expect("taken over");
         let (_reader, own) = taken.recv().await.expect("attended");
-        let news = [b'n'; 50_000];
+        let news = vec![b'n'; 50_000];
         let mut sent = 0;
         while own.send(&news, Urgency::News) == Passed::Yes {
             sent += news.len();
@@ -634,7 +634,7 @@ mod tests {
         drop(tap);
         taken.recv().await.expect("taken over");
         let (_, own) = taken.recv().await.expect("attended");
-        while own.send(&[b'n'; 50_000], Urgency::News) == Passed::Yes {}
+        while own.send(&vec![b'n'; 50_000], Urgency::News) == Passed::Yes {}
         own.close();
         drop(own);
         drop(taken);

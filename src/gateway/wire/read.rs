@@ -188,16 +188,14 @@ impl Fields {
                 request: self.request()?,
                 quantity: self.quantity(per_lock_max)?,
             }),
-            Name::Unlock => match &self.lock {
-                Value::String(lock) => {
-                    lock.parse().map(Request::UnlockLock).map_err(|_| Refusal::new(Code::LockNotFound))
-                }
-                Value::Null => Ok(Request::UnlockCategory(self.event()?, self.category()?)),
-                _ => Err(invalid("lockId must be a text")),
+            Name::Unlock => match self.lock.as_str() {
+                Some(lock) => lock.parse().map(Request::UnlockLock).map_err(|_| Refusal::new(Code::LockNotFound)),
+                None if self.lock.is_null() => Ok(Request::UnlockCategory(self.event()?, self.category()?)),
+                None => Err(invalid("lockId must be a text")),
             },
-            Name::Refresh => match &self.token {
-                Value::String(token) => Ok(Request::Refresh(token.clone())),
-                _ => Err(invalid("token must be a text")),
+            Name::Refresh => match self.token.as_str() {
+                Some(token) => Ok(Request::Refresh(token.to_owned())),
+                None => Err(invalid("token must be a text")),
             },
             Name::MyLocks => Ok(Request::MyLocks),
             Name::Heartbeat => Ok(Request::Heartbeat),
@@ -215,10 +213,10 @@ impl Fields {
     }
 
     fn request(&self) -> Result<Option<RequestId>, Refusal> {
-        match &self.request {
-            Value::Null => Ok(None),
-            Value::String(id) => id.parse().map(Some).map_err(|error| invalid(format!("requestId {error}"))),
-            _ => Err(invalid("requestId must be a text")),
+        match self.request.as_str() {
+            Some(id) => id.parse().map(Some).map_err(|error| invalid(format!("requestId {error}"))),
+            None if self.request.is_null() => Ok(None),
+            None => Err(invalid("requestId must be a text")),
         }
     }
 
