@@ -223,6 +223,15 @@ pub(super) const FLAGS: &[Flag] = &[
     ),
     flag(
         PROCESS,
+        "threads",
+        "N",
+        None,
+        "Threads that the service runs on, by itself one less than there are processors (or than its container may use), and \
+         at least one. What is left is for the system's own share of every message; a second thread costs each request \
+         more, so it is better to have more replicas",
+    ),
+    flag(
+        PROCESS,
         "log",
         "FILTER",
         Some("info"),

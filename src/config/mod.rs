@@ -71,6 +71,8 @@ pub struct Config {
     pub request_timeout: Duration,
     pub drain_timeout: Duration,
     pub slow_client: Duration,
+    /// `None`: as many as fit the machine.
+    pub threads: Option<u32>,
     pub log: String,
     pub log_format: LogFormat,
     pub demo: bool,
@@ -320,6 +322,7 @@ impl Read {
             request_timeout: self.duration("request-timeout", Duration::from_millis(100)..=60 * SECOND),
             drain_timeout: self.duration("drain-timeout", SECOND..=HOUR),
             slow_client: self.duration("slow-client", SECOND..=HOUR),
+            threads: self.integer("threads", 1..=256),
             log: self.value("log", filter).unwrap_or_default(),
             log_format: self.value("log-format", log_format).unwrap_or(LogFormat::Text),
             demo,

@@ -40,8 +40,6 @@ const OWED_RETRY: Duration = Duration::from_secs(5);
 
 /// Timers are set at most this far ahead; a token that lives longer is looked at again then.
 const TIMER_MAX: Duration = Duration::from_hours(24);
-/// How far a timer that is set may be from when it is wanted.
-const TIMER_SLACK: Duration = Duration::from_millis(5);
 
 /// Counts a socket as a watcher of an event until dropped.
 #[derive(Debug)]
@@ -104,10 +102,17 @@ type Entered = Result<(Option<Listening>, Presence), StockError>;
 
 /// How a session stands with its token.
 enum Token {
-    /// Good until then.
-    Good(SystemTime),
+    /// Good until then; when that is looked at again.
+    Good(SystemTime, Instant),
     /// Ran out; the connection closes then.
     Expired(Instant),
+}
+
+impl Token {
+    fn good(until: SystemTime) -> Self {
+        let left = until.duration_since(SystemTime::now()).unwrap_or_default();
+        Self::Good(until, Instant::now() + left.min(TIMER_MAX))
+    }
 }
 
 /// The task of one socket.
@@ -172,7 +177,7 @@ impl Actor {
             standing: Standing::Out { at: Instant::now(), pause: ENTER_RETRY },
             listening: None,
             greeted: false,
-            token: Token::Good(claims.expires_at),
+            token: Token::good(claims.expires_at),
             scope: claims.scope,
             watched: HashMap::new(),
             joined: None,
@@ -232,9 +237,7 @@ impl Actor {
                     return;
                 }
             }
-            // What it is due for is reckoned anew each time, and differs by less than matters.
-            let set = timer.deadline();
-            if timer.is_elapsed() || wake.max(set) - wake.min(set) > TIMER_SLACK {
+            if timer.deadline() != wake {
                 timer.as_mut().reset(wake);
             }
             tokio::select! {
@@ -281,13 +284,7 @@ impl Actor {
 
     /// When something is due by itself.
     fn wake_at(&self) -> Instant {
-        let token = match self.token {
-            Token::Good(until) => {
-                let left = until.duration_since(SystemTime::now()).unwrap_or_default();
-                Instant::now() + left.min(TIMER_MAX)
-            }
-            Token::Expired(closes) => closes,
-        };
+        let (Token::Good(_, token) | Token::Expired(token)) = self.token;
         let own = match self.moving {
             Moving::At(turn) => turn.min(token),
             Moving::No | Moving::Now => token,
@@ -306,7 +303,7 @@ impl Actor {
             self.inbox.close();
         }
         match self.token {
-            Token::Good(until) if until <= SystemTime::now() => {
+            Token::Good(until, _) if until <= SystemTime::now() => {
                 self.token = Token::Expired(Instant::now() + self.shared.options.token_grace);
                 let answer = Answer::refusal(None, &Refusal::new(Code::TokenExpired), &About::default());
                 self.patiently(|session| session.answer(&answer, None)).await;
@@ -315,7 +312,8 @@ impl Actor {
                 self.shared.end(&self.session, Ending::Token);
                 return;
             }
-            Token::Good(_) | Token::Expired(_) => {}
+            Token::Good(until, at) if at <= Instant::now() => self.token = Token::good(until),
+            Token::Good(..) | Token::Expired(_) => {}
         }
         if let Standing::Out { at, .. } = self.standing
             && at <= Instant::now()
@@ -326,7 +324,7 @@ impl Actor {
 
     /// Takes a new token of the same user. Rooms that it is not for are left, and the client is told which.
     pub fn renew(&mut self, claims: Claims) {
-        self.token = Token::Good(claims.expires_at);
+        self.token = Token::good(claims.expires_at);
         self.scope = claims.scope;
         let lost: Vec<_> = self.watched.keys().copied().filter(|&event| !self.scope.admits(event)).collect();
         for event in lost {

@@ -1,5 +1,5 @@
-//! A bounded queue between two tasks that takes no memory while it is empty: each socket has two, and nearly all of them
-//! nearly always are.
+//! A bounded queue between two tasks that asks for no memory while there is one item in it or none: each socket has two,
+//! and of nearly all that is nearly always so.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
@@ -34,7 +34,9 @@ struct Queue<T> {
 
 #[derive(Debug)]
 struct State<T> {
-    items: VecDeque<T>,
+    next: Option<T>,
+    /// What is behind it.
+    rest: VecDeque<T>,
     closed: bool,
 }
 
@@ -48,7 +50,7 @@ pub struct Receiver<T>(Arc<Queue<T>>);
 
 /// An empty queue for at most `len_max` items. Whoever puts something in wakes whoever is to take it out.
 pub fn bounded<T>(len_max: usize) -> (Sender<T>, Receiver<T>) {
-    let state = Mutex::new(State { items: VecDeque::new(), closed: false });
+    let state = Mutex::new(State { next: None, rest: VecDeque::new(), closed: false });
     let queue = Arc::new(Queue { state, len_max });
     (Sender(Arc::clone(&queue)), Receiver(queue))
 }
@@ -60,10 +62,13 @@ impl<T> Sender<T> {
         if state.closed {
             return Err(Rejected::Closed(item));
         }
-        if state.items.len() >= self.0.len_max {
+        if state.next.is_none() && self.0.len_max > 0 {
+            state.next = Some(item);
+        } else if state.rest.len() + 1 < self.0.len_max {
+            state.rest.push_back(item);
+        } else {
             return Err(Rejected::Full(item));
         }
-        state.items.push_back(item);
         Ok(())
     }
 }
@@ -78,18 +83,19 @@ impl<T> Receiver<T> {
     /// The next item, if there is one.
     pub fn try_recv(&mut self) -> Taken<T> {
         let mut state = lock(&self.0.state);
-        let Some(item) = state.items.pop_front() else {
+        let Some(item) = state.next.take() else {
             return if state.closed { Taken::Closed } else { Taken::Nothing };
         };
-        if state.items.is_empty() {
-            state.items = VecDeque::new();
+        state.next = state.rest.pop_front();
+        if state.next.is_none() {
+            state.rest = VecDeque::new();
         }
         Taken::Item(item)
     }
 
     /// Whether nothing waits.
     pub fn is_empty(&self) -> bool {
-        lock(&self.0.state).items.is_empty()
+        lock(&self.0.state).next.is_none()
     }
 
     /// Takes nothing more in; what is in the queue can still be taken out.
@@ -102,7 +108,8 @@ impl<T> Drop for Receiver<T> {
     fn drop(&mut self) {
         let mut state = lock(&self.0.state);
         state.closed = true;
-        state.items = VecDeque::new();
+        state.next = None;
+        state.rest = VecDeque::new();
     }
 }
 
@@ -119,7 +126,7 @@ mod tests {
             assert_eq!(sender.try_send(9), Err(Rejected::Full(9)));
             assert_eq!((receiver.try_recv(), receiver.try_recv()), (Taken::Item(round), Taken::Item(round + 1)));
             assert_eq!(receiver.try_recv(), Taken::Nothing);
-            assert_eq!(lock(&receiver.0.state).items.capacity(), 0, "empty, it takes no memory");
+            assert_eq!(lock(&receiver.0.state).rest.capacity(), 0, "empty, it takes no memory");
         }
     }
 

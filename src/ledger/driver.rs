@@ -1,43 +1,43 @@
-//! The one place that knows the Redis client. A swap of it is a change of this file and its parts.
+//! The one place that knows how Redis is spoken to.
 //!
-//! What the client does not do by itself is done here: a limit for every wait, no replay of commands whose fate is
-//! unknown, noticing a connection that is up but answers nothing, resubscribing, and noticing a subscription that is
-//! up but delivers nothing.
+//! The protocol is small, and what matters here is what clients of it leave open: a limit for every wait and for every
+//! answer, no replay of commands whose fate is unknown, noticing a connection that is up but answers nothing,
+//! resubscribing, and noticing a subscription that is up but delivers nothing.
 //!
-//! A cluster is a [`Link`] for each master and a table of slots, not the client's own cluster mode: that one connects
-//! all nodes or none, so one dead master stops the calls to the living ones until its replica is promoted.
+//! A cluster is a [`Link`] for each master and a table of slots: one dead master stops no call to the living ones.
 
 mod address;
-mod bounded;
 mod client;
 mod cluster;
+mod command;
 mod connection;
 mod link;
+mod measure;
+mod reply;
 mod sentinel;
+mod traffic;
 
-use std::borrow::Cow;
 use std::collections::HashSet;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use redis::{Cmd, Value};
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 use self::address::{Address, Place};
 use self::cluster::Route;
-use self::connection::{Failure, command};
+use self::command::Command;
+use self::connection::Failure;
 use self::link::Link;
+pub(super) use self::reply::{List, Reply, Value};
 use super::call::{Call, ClosedCall};
 use super::redis::{RedisClock, RedisSettingError};
+use super::reply::unexpected;
 use super::script::{Script, SteppedScripts};
-use super::{LedgerError, key, reply};
+use super::{LedgerError, key};
 use crate::{metrics, telemetry};
-
-/// An answer of Redis.
-pub(super) type Reply = Value;
 
 /// How often a call follows a key to another master, and how long it waits for the cluster to say which.
 const MOVES_MAX: usize = 3;
@@ -100,28 +100,22 @@ pub(super) struct Witness {
 
 /// See [`super::fuzzing::streams`].
 #[cfg(any(test, feature = "fuzzing"))]
-pub(super) fn measure(data: &[u8], length: usize) {
-    use tokio_util::codec::Decoder as _;
-
-    let whole = bounded::Measure::default().pass(data);
-    let mut pieces = bounded::Measure::default();
-    assert_eq!(data.chunks(length).try_for_each(|piece| pieces.pass(piece)), whole, "the pieces make a difference");
-    // Byte by byte: the decoder has a whole value exactly where the measure says that one has ended, or none at all.
-    let mut measure = bounded::Measure::default();
-    let (mut codec, mut buffer) = (redis::ValueCodec::default(), bytes::BytesMut::new());
-    for byte in data {
-        if measure.pass(std::slice::from_ref(byte)).is_err() {
-            return;
+pub(super) fn replay(data: &[u8], length: usize, questions: usize) {
+    fn walk(value: Value<'_>) -> usize {
+        match value {
+            Value::Text(_) | Value::Error(_) | Value::Nothing => 1,
+            Value::List(parts) | Value::Push(parts) => 1 + parts.map(walk).sum::<usize>(),
         }
-        buffer.extend_from_slice(std::slice::from_ref(byte));
-        let Ok(decoded) = codec.decode(&mut buffer) else { return };
-        assert_eq!(decoded.is_some(), measure.is_between(), "another end of {:?}", data.escape_ascii().to_string());
     }
+    let whole = traffic::replay(data, usize::MAX, questions);
+    assert_eq!(traffic::replay(data, length, questions), whole, "the pieces make a difference");
+    let (answers, pushes, _) = whole;
+    answers.into_iter().flatten().flatten().chain(pushes).for_each(|reply| assert!(walk(reply.value()) > 0));
 }
 
 /// The lower-case hexadecimal SHA-1 of a text.
 pub(super) fn sha1(text: &str) -> String {
-    redis::Script::new(text).get_hash().to_owned()
+    sha1_smol::Sha1::from(text).digest().to_string()
 }
 
 impl Driver {
@@ -179,12 +173,11 @@ impl Driver {
             None if self.clustered => script.on_cluster(),
             None => (script.source(), script.sha()),
         };
-        let command = &evaluation("EVALSHA", sha, call);
         let answer = self
             .call(script.name, call.first_key(), |link| async move {
-                match link.commands.ask(command).await {
+                match link.commands.ask(evaluation("EVALSHA", sha, call)).await {
                     Err(Failure::Refused(words)) if words.starts_with("NOSCRIPT") => {
-                        link.commands.ask(&evaluation("EVAL", text, call)).await
+                        link.commands.ask(evaluation("EVAL", text, call)).await
                     }
                     answer => answer,
                 }
@@ -199,7 +192,7 @@ impl Driver {
             "ran a script"
         );
         if let Some(span) = span {
-            span.ends(answer.as_ref().map(word).map_err(|error| error.kind().as_str()));
+            span.ends(answer.as_ref().map(Reply::word).map_err(|error| error.kind().as_str()));
         }
         answer
     }
@@ -217,12 +210,12 @@ impl Driver {
     async fn members(&self, key: &str, limit: usize, order: Option<&str>) -> Result<Vec<String>, LedgerError> {
         let last = limit.saturating_sub(1).to_string();
         let args: Vec<_> = [key, "0", &last].into_iter().chain(order).collect();
-        texts("members", &self.ask("members", key, &command("ZRANGE", &args)).await?)
+        texts("members", &self.ask("members", key, Command::new("ZRANGE", &args)).await?)
     }
 
     /// The fields of a hash; none when there is no such key.
     pub(super) async fn fields(&self, key: &str) -> Result<Vec<String>, LedgerError> {
-        texts("fields", &self.ask("fields", key, &command("HKEYS", &[key])).await?)
+        texts("fields", &self.ask("fields", key, Command::new("HKEYS", &[key])).await?)
     }
 
     /// Remembers the connection of a key, to be taken before something is written that [`Self::replicated`] waits for.
@@ -252,8 +245,7 @@ impl Driver {
                 "the connection changed before Redis replicas had the lock".to_owned(),
             ));
         }
-        let Value::Int(have) = reply else { return Err(unexpected("wait", &reply)) };
-        u32::try_from(have).map_err(|_| unexpected("wait", &reply))
+        reply.value().text().and_then(|have| have.parse().ok()).ok_or_else(|| unexpected("wait", &reply))
     }
 
     /// Connections for commands made so far: after a new one, Redis may be another one or have lost something.
@@ -263,12 +255,12 @@ impl Driver {
 
     /// Tells a channel that is not an event's.
     pub(super) async fn publish(&self, channel: &str, text: &str) -> Result<(), LedgerError> {
-        self.ask("publish", channel, &command("PUBLISH", &[channel, text])).await.map(drop)
+        self.ask("publish", channel, Command::new("PUBLISH", &[channel, text])).await.map(drop)
     }
 
     /// One round trip to the server that has a key.
     pub(super) async fn ping(&self, key: &str) -> Result<(), LedgerError> {
-        self.ask("ping", key, &command("PING", &[])).await.map(drop)
+        self.ask("ping", key, Command::new("PING", &[])).await.map(drop)
     }
 
     /// Starts to receive a channel; returns when Redis has said so.
@@ -305,8 +297,9 @@ impl Driver {
     }
 
     /// One command to the server that has a key.
-    async fn ask(&self, name: &'static str, key: &str, command: &Cmd) -> Result<Reply, LedgerError> {
-        self.call(name, key, |link| async move { link.commands.ask(command).await }).await
+    async fn ask(&self, name: &'static str, key: &str, command: Command) -> Result<Reply, LedgerError> {
+        let command = &command;
+        self.call(name, key, |link| async move { link.commands.ask(command.clone()).await }).await
     }
 
     /// Runs a call on the server that has a key. A server that says the key is elsewhere has done nothing, so another
@@ -362,32 +355,17 @@ impl Driver {
 }
 
 /// A call of a script, by its SHA or its text.
-fn evaluation(name: &str, script: &str, call: &ClosedCall) -> Cmd {
+fn evaluation(name: &str, script: &str, call: &ClosedCall) -> Command {
     let (keys, args) = call.count();
-    let mut command = Cmd::with_capacity(keys + args + 3, call.len() + script.len() + 16);
-    command.arg(name).arg(script).arg(keys);
-    for word in call.words() {
-        command.arg(word);
-    }
-    command
+    let command = Command::with_capacity(keys + args + 3, call.len() + script.len() + 16);
+    call.words().fold(command.word(name).word(script).number(keys), Command::word)
 }
 
 /// A reply that is a list of texts.
 fn texts(name: &'static str, reply: &Reply) -> Result<Vec<String>, LedgerError> {
-    let Value::Array(parts) = reply else { return Err(unexpected(name, reply)) };
-    let texts: Option<_> = parts.iter().map(|part| reply::text(part).map(Cow::into_owned)).collect();
+    let text = |part: Value<'_>| part.text().map(str::to_owned);
+    let texts = reply.value().parts().and_then(|parts| parts.map(text).collect());
     texts.ok_or_else(|| unexpected(name, reply))
-}
-
-fn unexpected(name: &'static str, reply: &Reply) -> LedgerError {
-    LedgerError::Protocol { script: name, reply: reply::beginning(reply) }
-}
-
-/// What a script's reply begins with; "" when it is none of ours.
-fn word(reply: &Reply) -> &str {
-    let Value::Array(parts) = reply else { return "" };
-    let Some(Value::BulkString(word)) = parts.first() else { return "" };
-    std::str::from_utf8(word).unwrap_or_default()
 }
 
 fn has_moved(failure: &Failure) -> bool {

@@ -23,7 +23,7 @@ pub fn notices(data: &[u8]) {
 pub fn replies(data: &[u8]) {
     let text = String::from_utf8_lossy(data);
     let mut words = text.split(' ');
-    let reply = list(&mut words, 0);
+    let Some(reply) = Reply::of(list(&mut words, 0)) else { return };
     let parts = |script: &'static &'static Script| Parts::new(script, reply.clone());
     let (Ok(event), Ok(user)) = (EventId::new(7), UserId::new(7)) else { return };
     let id = LockId::generate(event);
@@ -55,25 +55,26 @@ pub fn replies(data: &[u8]) {
     }
 }
 
-/// What Redis sends, in pieces as long as the first byte says: what passes the limits is read by the client without harm,
-/// and the pieces change nothing.
+/// What Redis sends to whom has asked as many questions as the first byte says, in pieces as long as the second one does:
+/// what passes the limits is read without harm, and the pieces change nothing.
 pub fn streams(data: &[u8]) {
-    let Some((length, data)) = data.split_first() else { return };
-    driver::measure(data, usize::from(*length).max(1));
+    let [questions, length, data @ ..] = data else { return };
+    driver::replay(data, usize::from(*length), usize::from(*questions));
 }
 
-fn list<'a>(words: &mut impl Iterator<Item = &'a str>, depth: usize) -> Reply {
+/// A list, as Redis writes it.
+fn list<'a>(words: &mut impl Iterator<Item = &'a str>, depth: usize) -> String {
     let mut parts = Vec::new();
     while let Some(word) = words.next() {
         parts.push(match word {
             "]" => break,
             "[" if depth < DEPTH_MAX => list(words, depth + 1),
-            "_" => Reply::Nil,
+            "_" => "_\r\n".to_owned(),
             word => match word.strip_prefix(':').and_then(|digits| digits.parse::<i64>().ok()) {
-                Some(number) => Reply::Int(number),
-                None => Reply::BulkString(word.as_bytes().to_vec()),
+                Some(number) => format!(":{number}\r\n"),
+                None => format!("${}\r\n{word}\r\n", word.len()),
             },
         });
     }
-    Reply::Array(parts)
+    format!("*{}\r\n{}", parts.len(), parts.concat())
 }

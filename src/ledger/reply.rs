@@ -1,12 +1,10 @@
 //! Reads what scripts answer. A reply is a list that begins with a word; an unknown word or a missing part is a protocol
 //! error, never a guess.
 
-use std::borrow::Cow;
-use std::fmt::{self, Debug, Write as _};
 use std::str::FromStr;
 use std::time::Duration;
 
-use super::driver::Reply;
+use super::driver::{List, Reply};
 use super::script::Script;
 use super::{LedgerError, ends};
 use crate::domain::{
@@ -18,54 +16,34 @@ use crate::domain::{
 /// A reply being read, front to back.
 pub(super) struct Parts {
     script: &'static str,
-    /// All of it, for the error that it may be.
-    whole: Vec<Reply>,
-    /// How many were read.
-    read: usize,
-    word: String,
+    left: List,
 }
 
 impl Parts {
     /// Splits a reply into its word and the rest.
     pub(super) fn new(script: &'static Script, reply: Reply) -> Result<Self, LedgerError> {
-        let Reply::Array(whole) = reply else { return Err(Self::of(script.name, vec![reply]).unexpected()) };
-        let mut parts = Self::of(script.name, whole);
-        parts.word = parts.text()?;
+        let left = reply.list().map_err(|reply| unexpected(script.name, &reply))?;
+        let mut parts = Self { script: script.name, left };
+        parts.left.next(|word| word.text().map(drop)).ok_or_else(|| parts.unexpected())?;
         Ok(parts)
     }
 
-    fn of(script: &'static str, whole: Vec<Reply>) -> Self {
-        Self { script, whole, read: 0, word: String::new() }
-    }
-
     pub(super) fn word(&self) -> &str {
-        &self.word
+        self.left.whole().word()
     }
 
     /// The error for a reply that says something else than the script documents.
     pub(super) fn unexpected(&self) -> LedgerError {
-        LedgerError::Protocol { script: self.script, reply: beginning(&self.whole) }
-    }
-
-    fn next(&mut self) -> Result<&Reply, LedgerError> {
-        let next = self.whole.get(self.read).ok_or_else(|| self.unexpected())?;
-        self.read += 1;
-        Ok(next)
-    }
-
-    fn left(&self) -> usize {
-        self.whole.len() - self.read
+        unexpected(self.script, self.left.whole())
     }
 
     pub(super) fn text(&mut self) -> Result<String, LedgerError> {
-        let text = text(self.next()?).map(Cow::into_owned);
-        text.ok_or_else(|| self.unexpected())
+        self.left.next(|part| part.text().map(str::to_owned)).ok_or_else(|| self.unexpected())
     }
 
     /// A part that reads as `T`: numbers, ids.
     pub(super) fn read<T: FromStr>(&mut self) -> Result<T, LedgerError> {
-        let read = text(self.next()?).and_then(|text| text.parse().ok());
-        read.ok_or_else(|| self.unexpected())
+        self.left.next(|part| part.text()?.parse().ok()).ok_or_else(|| self.unexpected())
     }
 
     pub(super) fn instant(&mut self) -> Result<Instant, LedgerError> {
@@ -80,49 +58,27 @@ impl Parts {
 
     /// The remaining parts, each a list of its own.
     pub(super) fn lists(&mut self) -> Result<Vec<Self>, LedgerError> {
-        let mut lists = Vec::with_capacity(self.left());
-        while self.left() > 0 {
-            let script = self.script;
-            let Reply::Array(parts) = self.next()? else { return Err(self.unexpected()) };
-            lists.push(Self::of(script, parts.clone()));
+        let mut lists = Vec::new();
+        while self.left.left() > 0 {
+            let left = self.left.list().ok_or_else(|| self.unexpected())?;
+            lists.push(Self { script: self.script, left });
         }
         Ok(lists)
     }
 
     /// The remaining parts as texts.
     pub(super) fn texts(&mut self) -> Result<Vec<String>, LedgerError> {
-        let mut texts = Vec::with_capacity(self.left());
-        while self.left() > 0 {
+        let mut texts = Vec::new();
+        while self.left.left() > 0 {
             texts.push(self.text()?);
         }
         Ok(texts)
     }
 }
 
-/// A part as text; `None` when it is none.
-#[expect(clippy::wildcard_enum_match_arm, reason = "the client's enum grows, and scripts answer with nothing else")]
-pub(super) fn text(part: &Reply) -> Option<Cow<'_, str>> {
-    match part {
-        Reply::BulkString(bytes) => std::str::from_utf8(bytes).ok().map(Cow::Borrowed),
-        Reply::SimpleString(text) => Some(Cow::Borrowed(text)),
-        Reply::Int(number) => Some(Cow::Owned(number.to_string())),
-        _ => None,
-    }
-}
-
-/// How an answer that is none begins. No more of it is written: it may be as long as a reply may be.
-pub(super) fn beginning(reply: &impl Debug) -> String {
-    struct Short(String);
-    impl fmt::Write for Short {
-        fn write_str(&mut self, text: &str) -> fmt::Result {
-            self.0.extend(text.chars().take(200 - self.0.chars().count()));
-            if self.0.chars().count() < 200 { Ok(()) } else { Err(fmt::Error) }
-        }
-    }
-    let mut short = Short(String::new());
-    // Fails when it is full.
-    write!(short, "{reply:?}").ok();
-    short.0
+/// The error for a reply that is none of that script or command.
+pub(super) fn unexpected(script: &'static str, reply: &Reply) -> LedgerError {
+    LedgerError::Protocol { script, reply: format!("{reply:?}") }
 }
 
 /// "stock total open active settling version" of a category.

@@ -113,6 +113,7 @@ fn help_explains_every_flag_and_variable() {
         "drain-timeout",
         "slow-client",
         "redis-wait",
+        "threads",
         "log",
         "log-format",
         "demo",
@@ -138,13 +139,14 @@ fn all_mistakes_are_reported_at_once() {
             ("SEATLOCK_REDIS_WAIT", "1"),
             ("SEATLOCK_DRAIN_TIMEOUT", "2s"),
             ("SEATLOCK_MAX_PER_LOCK", "0"),
+            ("SEATLOCK_THREADS", "none"),
             ("SEATLOCK_LOG", "inof"),
         ],
     );
     assert_eq!(ended.code, 64, "{ended:?}");
     assert_eq!(ended.out, "");
     let expected = [
-        "15 mistakes",
+        "16 mistakes",
         "--lsten: no such flag; did you mean --listen?",
         "belongs to no flag",
         "--jwt-issuer: needs a value",
@@ -156,6 +158,7 @@ fn all_mistakes_are_reported_at_once() {
         "SEATLOCK_MAX_PER_LOCK: must be an integer between 1 and 10000",
         "SEATLOCK_RATE_LIMIT: must look like '10/s burst 20'",
         "--fanout-tick: must be between 1ms and 1s",
+        "SEATLOCK_THREADS: must be an integer between 1 and 256",
         "SEATLOCK_LOG: must be error, warn",
         "--log-format: must be text or json",
         "SEATLOCK_REDIS_WAIT waits for Redis replicas, and no SEATLOCK_REDIS_URL is given",

@@ -4,13 +4,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use redis::{Cmd, Value};
 use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::address::{Address, Server};
+use super::command::Command;
 use super::connection::{Asker, Connection, Failure, Pushed};
+use super::reply::Reply;
 
 /// How long after a connection could not be made the next one is tried: doubled each time, up to the second. One that
 /// stood for a shorter time than that is as good as none.
@@ -18,7 +19,7 @@ const AGAIN_AFTER: Duration = Duration::from_millis(50);
 const AGAIN_AFTER_AT_MOST: Duration = Duration::from_millis(500);
 
 /// Questions that may wait at once, for a connection or for an answer. One more fails without waiting.
-const QUESTIONS_MAX: usize = 10_000;
+pub(super) const QUESTIONS_MAX: usize = 10_000;
 
 /// A connection that stands.
 #[derive(Clone)]
@@ -76,19 +77,19 @@ impl Client {
     }
 
     /// Asks on the connection that stands, or waits for one; both together no longer than the client's limit.
-    pub(super) async fn ask(&self, command: &Cmd) -> Result<Value, Failure> {
+    pub(super) async fn ask(&self, command: Command) -> Result<Reply, Failure> {
         let _turn = self.turn()?;
         let until = Instant::now() + self.timeout;
         let asker = self.live(until, |live| live.asker.clone()).await?;
-        limited(until, asker.ask(command)).await
+        asker.ask(command, until).await
     }
 
     /// Subscribes a channel, or ends its subscription, as [`Self::ask`] asks.
-    pub(super) async fn channel(&self, verb: &str, channel: &str) -> Result<(), Failure> {
+    pub(super) async fn channel(&self, verb: &'static str, channel: &str) -> Result<(), Failure> {
         let _turn = self.turn()?;
         let until = Instant::now() + self.timeout;
         let asker = self.live(until, |live| live.asker.clone()).await?;
-        limited(until, asker.channel(verb, channel)).await
+        asker.channel(verb, channel, until).await
     }
 
     fn turn(&self) -> Result<Turn<'_>, Failure> {
@@ -134,10 +135,6 @@ impl Client {
     pub(super) fn reconnect(&self) {
         self.anew.notify_waiters();
     }
-}
-
-async fn limited<T>(until: Instant, answer: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
-    tokio::time::timeout_at(until, answer).await.unwrap_or(Err(Failure::Late))
 }
 
 async fn keep(
@@ -188,8 +185,7 @@ mod tests {
 
     use super::*;
     use crate::ledger::driver::address::Place;
-    use crate::ledger::driver::bounded::Excess;
-    use crate::ledger::driver::connection::command;
+    use crate::ledger::driver::measure::Excess;
 
     const SOON: Duration = Duration::from_secs(5);
 
@@ -255,16 +251,20 @@ mod tests {
         Client::start(Arc::new(Address { place: Place::Unix(socket), ..address }), timeout, None, told, stop.clone())
     }
 
+    fn said(text: &'static str) -> Reply {
+        Reply::of(text).expect("a reply")
+    }
+
     #[tokio::test]
     async fn one_question_too_many_fails_without_waiting() {
         let stop = CancellationToken::new();
         let client = start(PathBuf::from("/nowhere"), Duration::from_millis(100), |_| {}, &stop);
-        let ping = command("PING", &[]);
-        let answers = join_all((0..=QUESTIONS_MAX).map(|_| client.ask(&ping))).await;
+        let ping = Command::new("PING", &[]);
+        let answers = join_all((0..=QUESTIONS_MAX).map(|_| client.ask(ping.clone()))).await;
         let late = answers.iter().filter(|answer| **answer == Err(Failure::Unconnected)).count();
         assert_eq!(late, QUESTIONS_MAX);
         assert!(matches!(answers.last(), Some(Err(Failure::Lost(_)))), "{:?}", answers.last());
-        assert_eq!(client.ask(&ping).await, Err(Failure::Unconnected));
+        assert_eq!(client.ask(ping.clone()).await, Err(Failure::Unconnected));
         stop.cancel();
     }
 
@@ -274,8 +274,8 @@ mod tests {
     async fn a_question_is_sent_once() {
         let mut stage = Stage::new(SOON);
         let mut first = stage.connection().await;
-        let script = command("EVAL", &["return 1", "0"]);
-        let (answer, ()) = tokio::join!(stage.client.ask(&script), async {
+        let script = Command::new("EVAL", &["return 1", "0"]);
+        let (answer, ()) = tokio::join!(stage.client.ask(script), async {
             let mut question = [0; 1024];
             assert!(first.read(&mut question).await.expect("a question") > 0);
             drop(first);
@@ -283,14 +283,14 @@ mod tests {
         assert!(matches!(answer, Err(Failure::Lost(_))), "{answer:?}");
         assert_eq!(stage.end().await, "Redis closed the connection");
         let mut second = stage.connection().await;
-        let ping = command("PING", &[]);
-        let (answer, question) = tokio::join!(stage.client.ask(&ping), async {
+        let ping = Command::new("PING", &[]);
+        let (answer, question) = tokio::join!(stage.client.ask(ping.clone()), async {
             let mut question = [0; 1024];
             let read = second.read(&mut question).await.expect("a question");
             second.write_all(b"+PONG\r\n").await.expect("an open connection");
             String::from_utf8_lossy(&question[..read]).into_owned()
         });
-        assert_eq!((answer, question.as_str()), (Ok(Value::SimpleString("PONG".to_owned())), "*1\r\n$4\r\nPING\r\n"));
+        assert_eq!((answer, question.as_str()), (Ok(said("+PONG\r\n")), "*1\r\n$4\r\nPING\r\n"));
     }
 
     /// The server reads nothing, a long question stands in the way, and the one behind it waits too long: it is not sent
@@ -299,11 +299,11 @@ mod tests {
     async fn a_question_that_was_given_up_is_never_sent() {
         let mut stage = Stage::new(Duration::from_millis(200));
         let mut connection = stage.connection().await;
-        let long = command("PING", &[&"x".repeat(8 << 20)]);
-        let (late, last) = (command("LATE", &[]), command("LAST", &[]));
-        let (first, second) = tokio::join!(biased; stage.client.ask(&long), stage.client.ask(&late));
+        let long = Command::new("PING", &[&"x".repeat(8 << 20)]);
+        let (late, last) = (Command::new("LATE", &[]), Command::new("LAST", &[]));
+        let (first, second) = tokio::join!(biased; stage.client.ask(long), stage.client.ask(late));
         assert_eq!((first, second), (Err(Failure::Late), Err(Failure::Late)));
-        let (last, read) = tokio::join!(stage.client.ask(&last), async {
+        let (last, read) = tokio::join!(stage.client.ask(last), async {
             let mut read = Vec::new();
             while !read.ends_with(b"LAST\r\n") {
                 connection.read_buf(&mut read).await.expect("an open connection");
@@ -311,7 +311,7 @@ mod tests {
             connection.write_all(b"+PONG\r\n+OK\r\n").await.expect("an open connection");
             read
         });
-        assert_eq!(last, Ok(Value::Okay));
+        assert_eq!(last, Ok(said("+OK\r\n")));
         assert!(!read.windows(4).any(|word| word == b"LATE"));
     }
 

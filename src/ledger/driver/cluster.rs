@@ -4,12 +4,12 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use redis::{Value, from_redis_value_ref};
-
 use super::Driver;
 use super::address::Server;
-use super::connection::{Connection, Failure, command};
+use super::command::Command;
+use super::connection::{Connection, Failure};
 use super::link::Link;
+use super::reply::{Reply, Value};
 
 /// How often the cluster is looked at, and how soon again when something is wrong with what was seen.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
@@ -130,27 +130,26 @@ async fn connect(driver: &Driver, server: &Server) -> Option<Connection> {
 }
 
 async fn look(connection: &Connection) -> Result<Vec<Range>, Failure> {
-    let reply = connection.ask(&command("CLUSTER", &["SLOTS"])).await?;
+    let reply = connection.ask(Command::new("CLUSTER", &["SLOTS"])).await?;
     let asked = connection.server.as_ref().map_or("", |server| &server.host);
     ranges(&reply, asked).ok_or_else(|| Failure::Lost("the node does not tell the cluster's slots".to_owned()))
 }
 
 /// Reads `CLUSTER SLOTS`: for each range its ends and its nodes, the master first, each with host and port. A node that
 /// does not know its own host is the one that was asked.
-fn ranges(reply: &Value, asked: &str) -> Option<Vec<Range>> {
-    let Value::Array(lines) = reply else { return None };
-    let range = |line: &Value| {
-        let Value::Array(parts) = line else { return None };
-        let [first, last, Value::Array(master), ..] = parts.as_slice() else { return None };
-        let [host, port, ..] = master.as_slice() else { return None };
-        let host: Option<String> = from_redis_value_ref(host).ok()?;
-        let host = host.filter(|host| !host.is_empty()).unwrap_or_else(|| asked.to_owned());
-        let number = |part: &Value| from_redis_value_ref::<u16>(part).ok();
-        Some((number(first)?, number(last)?, Server { host, port: number(port)? }))
+fn ranges(reply: &Reply, asked: &str) -> Option<Vec<Range>> {
+    let number = |part: Option<Value>| part?.text()?.parse::<u16>().ok();
+    let range = |line: Value| {
+        let mut parts = line.parts()?;
+        let (first, last) = (number(parts.next())?, number(parts.next())?);
+        let mut master = parts.next()?.parts()?;
+        let host = Some(master.next()?).filter(|host| *host != Value::Nothing).map_or(Some(""), Value::text)?;
+        let host = if host.is_empty() { asked } else { host }.to_owned();
+        Some((first, last, Server { host, port: number(master.next())? }))
     };
     // A master whose name the cluster does not know yet is written "?".
     let known = |range: &Range| range.2.host != "?";
-    let ranges: Option<Vec<Range>> = lines.iter().map(range).collect();
+    let ranges: Option<Vec<Range>> = reply.value().parts()?.map(range).collect();
     Some(ranges?.into_iter().filter(known).collect())
 }
 
@@ -206,23 +205,19 @@ mod tests {
 
     #[test]
     fn slots_are_read_as_they_are_told() {
-        let text = |text: &str| Value::BulkString(text.as_bytes().to_vec());
-        let node = |host: Value, port: i64| Value::Array(vec![host, Value::Int(port), text("id")]);
-        let range = |first, last, nodes: Vec<Value>| {
-            Value::Array([Value::Int(first), Value::Int(last)].into_iter().chain(nodes).collect())
-        };
-        let reply = Value::Array(vec![
-            range(0, 5, vec![node(text("a"), 1), node(text("b"), 2)]),
-            range(6, 9, vec![node(Value::Nil, 3)]),
-            range(10, 11, vec![node(text("?"), 4)]),
-        ]);
+        let reply = |text: &'static str| Reply::of(text).expect("a reply");
+        let told = reply(
+            "*3\r\n*4\r\n:0\r\n:5\r\n*3\r\n$1\r\na\r\n:1\r\n$2\r\nid\r\n*3\r\n$1\r\nb\r\n:2\r\n$2\r\nid\r\n\
+             *3\r\n:6\r\n:9\r\n*3\r\n_\r\n:3\r\n$2\r\nid\r\n\
+             *3\r\n:10\r\n:11\r\n*3\r\n$1\r\n?\r\n:4\r\n$2\r\nid\r\n",
+        );
         let server = |host: &str, port| Server { host: host.to_owned(), port };
         let expected = vec![(0, 5, server("a", 1)), (6, 9, server("asked", 3))];
-        assert_eq!(ranges(&reply, "asked"), Some(expected.clone()));
+        assert_eq!(ranges(&told, "asked"), Some(expected.clone()));
         let slots = Route::table(&expected, &[server("asked", 3), server("a", 1)]);
         assert_eq!(slots[..12], [1, 1, 1, 1, 1, 1, 0, 0, 0, 0, NOBODY, NOBODY]);
-        for wrong in [Value::Nil, Value::Array(vec![Value::Int(1)]), Value::Array(vec![range(0, 70_000, vec![])])] {
-            assert_eq!(ranges(&wrong, "asked"), None, "{wrong:?}");
+        for wrong in ["_\r\n", "*1\r\n:1\r\n", "*1\r\n*2\r\n:0\r\n:70000\r\n", "*1\r\n*2\r\n:0\r\n:7\r\n"] {
+            assert_eq!(ranges(&reply(wrong), "asked"), None, "{wrong:?}");
         }
         // Ends that are no slots change nothing.
         assert!(

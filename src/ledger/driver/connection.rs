@@ -4,16 +4,18 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use redis::aio::{AsyncPushSender, MultiplexedConnection, SendError};
-use redis::{AsyncConnectionConfig, Cmd, ProtocolVersion, PushInfo, PushKind, RedisConnectionInfo, RedisError, Value};
 use rustls::pki_types::ServerName;
 use socket2::SockRef;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpStream, UnixStream};
+use tokio::time::Instant;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::address::{Address, Login, Place, Server};
-use super::bounded::{Account, Bounded, Excess};
+use super::command::Command;
+use super::measure::Excess;
+use super::reply::Reply;
+use super::traffic::{Desk, Expected, Traffic};
 
 /// The limit for connecting, and for each question that belongs to it.
 const CONNECT_WITHIN: Duration = Duration::from_secs(1);
@@ -23,9 +25,6 @@ const UNDELIVERED_AT_MOST: Duration = Duration::from_secs(3);
 
 /// Characters of an error of Redis's: one of a script names the script, the line and the error of a command.
 const WORDS_MAX: usize = 500;
-
-/// Commands that may wait to be written.
-const QUEUE_LEN: usize = 1024;
 
 /// Why there is no answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -49,12 +48,6 @@ impl Failure {
             Self::Lost(text) | Self::Refused(text) => text,
         }
     }
-
-    /// With the reason that the stream saw, where it saw one.
-    fn because(self, account: &Account) -> Self {
-        let is_known = matches!(self, Self::Lost(_)) && !account.why().is_empty();
-        if is_known { Self::Lost(account.why().to_owned()) } else { self }
-    }
 }
 
 impl From<io::Error> for Failure {
@@ -63,31 +56,19 @@ impl From<io::Error> for Failure {
     }
 }
 
-impl From<RedisError> for Failure {
-    fn from(error: RedisError) -> Self {
-        match (error.code(), error.detail()) {
-            (Some(code), Some(detail)) => Self::Refused(line(&format!("{code} {detail}"))),
-            (Some(code), None) => Self::Refused(line(code)),
-            // Nothing of the server's: the connection broke, or what came was not its protocol, which breaks it.
-            (None, _) => Self::Lost(line(&error.to_string())),
-        }
+impl From<Excess> for Failure {
+    fn from(excess: Excess) -> Self {
+        Self::Lost(excess.to_string())
     }
 }
 
 /// What of a server's words goes into a log: one line, not too long.
-fn line(text: &str) -> String {
+pub(super) fn line(text: &str) -> String {
     text.chars().take(WORDS_MAX).map(|one| if one.is_control() { ' ' } else { one }).collect()
 }
 
 /// Takes what Redis sends without an answer's being due. It must not wait.
-pub(super) type Pushed = Arc<dyn Fn(PushInfo) + Send + Sync>;
-
-/// A command with its arguments.
-pub(super) fn command(name: &str, args: &[&str]) -> Cmd {
-    let mut command = Cmd::new();
-    command.arg(name).arg(args);
-    command
-}
+pub(super) type Pushed = Arc<dyn Fn(&Reply) + Send + Sync>;
 
 /// One connection; it ends when this is dropped, and what was on its way fails then.
 pub(super) struct Connection {
@@ -108,7 +89,7 @@ impl Connection {
             }
             Place::Unix(path) => {
                 let stream = within(async { Ok(UnixStream::connect(path).await?) }).await?;
-                Self::over(stream, None, settings(&address.login, address.database), pushed).await
+                Self::over(stream, None, &address.login, address.database, pushed).await
             }
             Place::Sentinel { .. } => super::sentinel::open(address, pushed).await,
         }
@@ -121,40 +102,33 @@ impl Connection {
         login: &Login,
         pushed: Option<Pushed>,
     ) -> Result<Self, Failure> {
-        let settings = settings(login, address.database);
         let stream = within(async { Ok(TcpStream::connect((server.host.as_str(), server.port)).await?) }).await?;
         stream.set_nodelay(true)?;
         SockRef::from(&stream).set_tcp_user_timeout(Some(UNDELIVERED_AT_MOST))?;
         let Some(tls) = &address.tls else {
-            return Self::over(stream, Some(server.clone()), settings, pushed).await;
+            return Self::over(stream, Some(server.clone()), login, address.database, pushed).await;
         };
         let name = ServerName::try_from(server.host.clone()).map_err(|error| Failure::Lost(error.to_string()))?;
         let connector = tokio_rustls::TlsConnector::from(tls.clone());
         let stream = within(async { Ok(connector.connect(name, stream).await?) }).await?;
-        Self::over(stream, Some(server.clone()), settings, pushed).await
+        Self::over(stream, Some(server.clone()), login, address.database, pushed).await
     }
 
     async fn over<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
         stream: S,
         server: Option<Server>,
-        settings: RedisConnectionInfo,
+        login: &Login,
+        database: i64,
         pushed: Option<Pushed>,
     ) -> Result<Self, Failure> {
-        let mut config = AsyncConnectionConfig::new()
-            .set_connection_timeout(None)
-            .set_response_timeout(None)
-            .set_pipeline_buffer_size(QUEUE_LEN);
-        // The greeting, and where it is not the first the choice of the database.
-        let questions = if settings.db() == 0 { 1 } else { 2 };
-        let account = Arc::new(Account::new(questions, pushed.is_some()));
-        if let Some(pushed) = pushed {
-            config = config.set_push_sender(Pushes { pushed, account: Arc::clone(&account) });
+        let desk = Arc::new(Desk::default());
+        let work = AbortOnDropHandle::new(tokio::spawn(Traffic::new(stream, Arc::clone(&desk), pushed).run()));
+        let connection = Self { asker: Asker(desk), server, work };
+        connection.ask(greeting(login)).await?;
+        if database != 0 {
+            connection.ask(Command::new("SELECT", &[&database.to_string()])).await?;
         }
-        let stream = Bounded::new(stream, Arc::clone(&account));
-        let made = within(async { Ok(MultiplexedConnection::new_with_config(&settings, stream, config).await?) }).await;
-        let (redis, work) = made.map_err(|failure| failure.because(&account))?;
-        let work = AbortOnDropHandle::new(tokio::spawn(work));
-        Ok(Self { asker: Asker { redis, account }, server, work })
+        Ok(connection)
     }
 
     /// Whoever wants to ask here, also while others do. It does not keep the connection.
@@ -163,84 +137,41 @@ impl Connection {
     }
 
     /// Asks once.
-    pub(super) async fn ask(&self, command: &Cmd) -> Result<Value, Failure> {
-        within(self.asker().ask(command)).await
+    pub(super) async fn ask(&self, command: Command) -> Result<Reply, Failure> {
+        self.asker().ask(command, Instant::now() + CONNECT_WITHIN).await
     }
 
     /// Returns when the connection has broken, and says why.
     pub(super) async fn broken(&mut self) -> Failure {
-        tokio::select! {
-            // Fails when the runtime ends, and then nobody waits.
-            _ = &mut self.work => {}
-            () = self.asker.account.ended() => {}
-        }
-        Failure::Lost("the connection broke".to_owned()).because(&self.asker.account)
+        // Fails when the runtime ends, and then nobody waits.
+        (&mut self.work).await.ok();
+        self.asker.0.why()
     }
 }
 
 /// See [`Connection::asker`].
 #[derive(Clone)]
-pub(super) struct Asker {
-    redis: MultiplexedConnection,
-    account: Arc<Account>,
-}
+pub(super) struct Asker(Arc<Desk>);
 
 impl Asker {
-    /// Asks, and waits as long as the connection stands. What is dropped before it was sent is never sent.
-    pub(super) async fn ask(mut self, command: &Cmd) -> Result<Value, Failure> {
-        self.account.asked();
-        let answer = self.redis.send_packed_command(command).await.and_then(Value::extract_error);
-        answer.map_err(|error| Failure::from(error).because(&self.account))
+    /// Asks, and waits for the answer. What is dropped, or late, before it was sent is never sent.
+    pub(super) async fn ask(self, command: Command, until: Instant) -> Result<Reply, Failure> {
+        self.0.ask(command, Expected::Reply, until).await
     }
 
     /// Subscribes a channel, or ends its subscription; returns when Redis has said so.
-    pub(super) async fn channel(self, verb: &str, channel: &str) -> Result<(), Failure> {
-        let account = Arc::clone(&self.account);
-        let reply = self.ask(&command(verb, &[channel])).await?;
-        if let Value::Push { kind, data } = &reply
-            && kind.to_string().eq_ignore_ascii_case(verb)
-            && let Some(Value::BulkString(name)) = data.first()
-            && name == channel.as_bytes()
-        {
-            return Ok(());
-        }
-        // The answer to another question: so would be whatever follows.
-        account.end(&Excess::Unasked);
-        Err(Failure::Lost(Excess::Unasked.to_string()))
+    pub(super) async fn channel(self, verb: &'static str, channel: &str, until: Instant) -> Result<(), Failure> {
+        let expected = Expected::Told { verb, channel: channel.to_owned() };
+        self.0.ask(Command::new(verb, &[channel]), expected, until).await.map(drop)
     }
 }
 
-/// What the client hands on: all that comes unasked, and of what is subscribed what an answer to it says.
-struct Pushes {
-    pushed: Pushed,
-    account: Arc<Account>,
-}
-
-impl AsyncPushSender for Pushes {
-    fn send(&self, info: PushInfo) -> Result<(), SendError> {
-        let is_answer = matches!(
-            info.kind,
-            PushKind::Subscribe
-                | PushKind::PSubscribe
-                | PushKind::SSubscribe
-                | PushKind::Unsubscribe
-                | PushKind::PUnsubscribe
-                | PushKind::SUnsubscribe
-        );
-        // A master says that a sharded subscription has ended unasked too, when the slot leaves it.
-        if is_answer && !self.account.answered() && info.kind != PushKind::SUnsubscribe {
-            self.account.end(&Excess::Unasked);
-        }
-        (self.pushed)(info);
-        Ok(())
-    }
-}
-
-fn settings(login: &Login, database: i64) -> RedisConnectionInfo {
-    let settings = RedisConnectionInfo::default().set_protocol(ProtocolVersion::RESP3).set_skip_set_lib_name();
-    let settings = settings.set_db(database);
-    let settings = login.username.iter().fold(settings, RedisConnectionInfo::set_username);
-    login.password.iter().fold(settings, RedisConnectionInfo::set_password)
+/// Asks for the third version of the protocol, in which what comes unasked is marked, and says who asks.
+fn greeting(login: &Login) -> Command {
+    let greeting = Command::new("HELLO", &["3"]);
+    let Login { username, password } = login;
+    let Some(password) = password else { return greeting };
+    greeting.word("AUTH").word(username.as_deref().unwrap_or("default")).word(password)
 }
 
 async fn within<T>(step: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
@@ -255,19 +186,22 @@ mod tests {
 
     use super::*;
 
-    const SETTINGS: fn() -> RedisConnectionInfo = || settings(&Login::default(), 0);
-
-    /// A connection for subscriptions and its other end, with the kinds of what came unasked.
-    async fn connected() -> (Connection, DuplexStream, Arc<Mutex<Vec<PushKind>>>) {
+    /// A connection for subscriptions and its other end, with what came unasked.
+    async fn connected() -> (Connection, DuplexStream, Arc<Mutex<Vec<Reply>>>) {
         let (ours, mut theirs) = tokio::io::duplex(1 << 16);
         let came = Arc::new(Mutex::new(Vec::new()));
         let note = Arc::clone(&came);
-        let pushed: Pushed = Arc::new(move |info| note.lock().expect("no panic").push(info.kind));
-        theirs.write_all(b"%0\r\n").await.expect("an open pipe");
-        let connection = Connection::over(ours, None, SETTINGS(), Some(pushed)).await.expect("greeted");
-        let mut greeting = [0; 1024];
-        assert!(theirs.read(&mut greeting).await.expect("a greeting") > 0);
-        (connection, theirs, came)
+        let pushed: Pushed = Arc::new(move |reply: &Reply| note.lock().expect("no panic").push(reply.clone()));
+        let login = Login::default();
+        let (connection, ()) = tokio::join!(Connection::over(ours, None, &login, 0, Some(pushed)), async {
+            assert!(theirs.read(&mut [0; 1024]).await.expect("a greeting") > 0);
+            theirs.write_all(b"%0\r\n").await.expect("an open pipe");
+        });
+        (connection.expect("greeted"), theirs, came)
+    }
+
+    fn channel(connection: &Connection, verb: &'static str) -> impl Future<Output = Result<(), Failure>> + use<> {
+        connection.asker().channel(verb, "a", Instant::now() + CONNECT_WITHIN)
     }
 
     fn told(kind: &str, channel: &str) -> String {
@@ -288,12 +222,12 @@ mod tests {
             ("SUNSUBSCRIBE", told("sunsubscribe", "a"), Ok(())),
             ("SSUBSCRIBE", "-MOVED 1 b:2\r\n".to_owned(), Err(Failure::Refused("MOVED 1 b:2".to_owned()))),
             ("SUBSCRIBE", told("subscribe", "b"), Err(Failure::Lost(Excess::Unasked.to_string()))),
-            ("SSUBSCRIBE", told("sunsubscribe", "a"), Err(Failure::Lost(Excess::Unasked.to_string()))),
+            ("SUNSUBSCRIBE", told("ssubscribe", "a"), Err(Failure::Lost(Excess::Unasked.to_string()))),
+            ("SUBSCRIBE", "$1\r\na\r\n".to_owned(), Err(Failure::Lost(Excess::Unasked.to_string()))),
             ("SUBSCRIBE", "+OK\r\n".to_owned(), Err(Failure::Lost(Excess::Unasked.to_string()))),
         ] {
             let (mut connection, mut theirs, _) = connected().await;
-            let asker = connection.asker();
-            let (answered, ()) = tokio::join!(asker.channel(verb, "a"), async {
+            let (answered, ()) = tokio::join!(channel(&connection, verb), async {
                 assert!(theirs.read(&mut [0; 1024]).await.expect("a question") > 0);
                 theirs.write_all(answer.as_bytes()).await.expect("an open pipe");
             });
@@ -303,13 +237,34 @@ mod tests {
         }
     }
 
-    /// A master says this by itself when a slot leaves it.
+    /// A master says this by itself when a slot leaves it, and it answers no question but its own.
     #[tokio::test]
     async fn the_end_of_a_sharded_subscription_needs_no_question() {
-        let (mut connection, mut theirs, came) = connected().await;
-        theirs.write_all(told("sunsubscribe", "a").as_bytes()).await.expect("an open pipe");
-        assert!(tokio::time::timeout(Duration::from_millis(50), connection.broken()).await.is_err());
-        assert_eq!(*came.lock().expect("no panic"), [PushKind::SUnsubscribe]);
+        let (connection, mut theirs, came) = connected().await;
+        let gone = told("sunsubscribe", "a");
+        theirs.write_all(gone.as_bytes()).await.expect("an open pipe");
+        let (answered, ()) = tokio::join!(channel(&connection, "SSUBSCRIBE"), async {
+            let answers = format!("{gone}{}", told("ssubscribe", "a"));
+            assert!(theirs.read(&mut [0; 1024]).await.expect("a question") > 0);
+            theirs.write_all(answers.as_bytes()).await.expect("an open pipe");
+        });
+        assert_eq!(answered, Ok(()));
+        let gone = Reply::of(gone).expect("a reply");
+        assert_eq!(*came.lock().expect("no panic"), [gone.clone(), gone]);
+    }
+
+    #[test]
+    fn a_greeting_says_who_asks() {
+        let login = |username: Option<&str>, password: Option<&str>| {
+            let login = Login { username: username.map(str::to_owned), password: password.map(str::to_owned) };
+            let mut out = Vec::new();
+            greeting(&login).write(&mut out);
+            String::from_utf8_lossy(&out).into_owned()
+        };
+        assert_eq!(login(None, None), "*2\r\n$5\r\nHELLO\r\n$1\r\n3\r\n");
+        let words = |text: String| text.lines().skip(2).step_by(2).map(str::to_owned).collect::<Vec<_>>().join(" ");
+        assert_eq!(words(login(None, Some("secret"))), "HELLO 3 AUTH default secret");
+        assert_eq!(words(login(Some("me"), Some("secret"))), "HELLO 3 AUTH me secret");
     }
 
     #[test]

@@ -5,13 +5,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use futures_util::future::try_join_all;
-use redis::{PushInfo, PushKind, Value};
 use tokio::sync::{Notify, OwnedSemaphorePermit, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use super::address::{Address, Place, Server};
 use super::client::{Client, Told};
-use super::connection::{Failure, command};
+use super::command::Command;
+use super::connection::Failure;
+use super::reply::Value;
 use super::{Delivery, Driver, LedgerError, Reply};
 use crate::metrics;
 
@@ -153,8 +154,8 @@ impl Link {
             if waiting.is_empty() {
                 return;
             }
-            let command = command("WAIT", &[&replicas.to_string(), &within.as_millis().to_string()]);
-            let answer = self.commands.ask(&command).await;
+            let command = Command::new("WAIT", &[&replicas.to_string(), &within.as_millis().to_string()]);
+            let answer = self.commands.ask(command).await;
             for one in waiting {
                 // Fails when whoever asked has lost interest.
                 one.send(answer.clone()).ok();
@@ -261,20 +262,20 @@ fn hand_on(
     messages: mpsc::Sender<Message>,
     lost: Arc<AtomicU64>,
     renew: Arc<Notify>,
-) -> impl Fn(PushInfo) + Send + Sync {
-    move |info| {
-        let mut texts = info.data.into_iter().map(|part| {
-            let bytes = if let Value::BulkString(bytes) = part { bytes } else { Vec::new() };
-            String::from_utf8(bytes).unwrap_or_default()
-        });
-        if matches!(info.kind, PushKind::Message | PushKind::SMessage) {
-            let (Some(channel), Some(text)) = (texts.next(), texts.next()) else { return };
-            if room(&driver, channel.len() + text.len())
-                .is_none_or(|room| messages.try_send(Message { channel, text, room }).is_err())
-            {
+) -> impl Fn(&Reply) + Send + Sync {
+    move |pushed| {
+        let Value::Push(mut told) = pushed.value() else { return };
+        let mut text = || told.next().and_then(Value::text);
+        let (Some(kind), Some(channel)) = (text(), text()) else { return };
+        if kind == "message" || kind == "smessage" {
+            let Some(text) = text() else { return };
+            let sent = room(&driver, channel.len() + text.len()).is_some_and(|room| {
+                messages.try_send(Message { channel: channel.to_owned(), text: text.to_owned(), room }).is_ok()
+            });
+            if !sent {
                 lost.fetch_add(1, Ordering::Relaxed);
             }
-        } else if info.kind == PushKind::SUnsubscribe && texts.next().is_some_and(|channel| driver.wants(&channel)) {
+        } else if kind == "sunsubscribe" && driver.wants(channel) {
             // The slot has left this master, and is perhaps back before anybody has looked.
             driver.doubt.notify_one();
             renew.notify_one();
@@ -370,9 +371,9 @@ async fn deliver(driver: Arc<Driver>, link: Arc<Link>, mut messages: mpsc::Recei
                     sent.get_or_insert_with(Instant::now);
                 }
                 // In a task of its own: a Redis that does not answer must not keep this loop from delivering.
-                let (link, publish, silence) = (Arc::clone(&link), command("PUBLISH", &[&probe, ""]), Arc::clone(&silence));
+                let (link, publish, silence) = (Arc::clone(&link), Command::new("PUBLISH", &[&probe, ""]), Arc::clone(&silence));
                 tokio::spawn(async move {
-                    if link.commands.ask(&publish).await.is_ok() {
+                    if link.commands.ask(publish).await.is_ok() {
                         lock(&silence).probed.get_or_insert_with(Instant::now);
                     }
                 });

@@ -7,12 +7,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use redis::{Value, from_redis_value_ref};
-
 use super::Driver;
 use super::address::{Address, Login, Place, Server};
-use super::connection::{Connection, Failure, Pushed, command};
+use super::command::Command;
+use super::connection::{Connection, Failure, Pushed};
 use super::link::Link;
+use super::reply::Reply;
 
 /// How often a sentinel is asked.
 const ASK_EVERY: Duration = Duration::from_secs(1);
@@ -58,19 +58,21 @@ async fn connect(address: &Address, sentinel: &Server) -> Result<Connection, Fai
 
 async fn ask(connection: &Connection, address: &Address) -> Result<Server, Failure> {
     let Place::Sentinel { master, .. } = &address.place else { return Err(no_sentinel()) };
-    let reply = connection.ask(&command("SENTINEL", &["get-master-addr-by-name", master])).await?;
-    let (host, port) = from_redis_value_ref(&reply)
-        .map_err(|_| Failure::Lost(format!("the sentinel knows no master of the name {master}")))?;
-    Ok(Server { host, port })
+    let reply = connection.ask(Command::new("SENTINEL", &["get-master-addr-by-name", master])).await?;
+    named(&reply).ok_or_else(|| Failure::Lost(format!("the sentinel knows no master of the name {master}")))
+}
+
+fn named(reply: &Reply) -> Option<Server> {
+    let mut parts = reply.value().parts()?;
+    let (host, port) = (parts.next()?.text()?, parts.next()?.text()?);
+    Some(Server { host: host.to_owned(), port: port.parse().ok()? })
 }
 
 /// Connects to a server if it is the master that it was said to be.
 async fn join(address: &Address, server: &Server, pushed: Option<Pushed>) -> Result<Connection, Failure> {
     let connection = Connection::to(address, server, &address.login, pushed).await?;
-    let role = connection.ask(&command("ROLE", &[])).await?;
-    if let Value::Array(parts) = role
-        && parts.first() == Some(&Value::BulkString(b"master".to_vec()))
-    {
+    let role = connection.ask(Command::new("ROLE", &[])).await?;
+    if role.word() == "master" {
         return Ok(connection);
     }
     Err(Failure::Lost(format!("{server} is no master")))

@@ -50,8 +50,8 @@ const HOMES: &[(&str, &[&str])] = &[
     ("opentelemetry_http", &["telemetry"]),
     ("opentelemetry_otlp", &["telemetry"]),
     ("opentelemetry_sdk", &["telemetry"]),
-    ("redis", &["ledger"]),
     ("reqwest", &["gateway", "telemetry"]),
+    ("sha1_smol", &["ledger"]),
     ("socketioxide", &["gateway"]),
     ("tower_http", &["app", "gateway", "http"]),
     ("tracing_subscriber", &["config", "telemetry"]),
@@ -238,14 +238,14 @@ fn the_table_of_arrows_has_no_circle() {
 #[test]
 fn a_driver_away_from_home_is_found() {
     let bad = [
-        File::sample("src/rpc/mod.rs", "use redis::Cmd;\nuse lapin::Channel;\n"),
-        File::sample("src/http/stats.rs", "fn f(s: socketioxide::SocketIo) {}\n// lapin::x\nlet redis = 1;\n"),
+        File::sample("src/rpc/mod.rs", "use sha1_smol::Sha1;\nuse lapin::Channel;\n"),
+        File::sample("src/http/stats.rs", "fn f(s: socketioxide::SocketIo) {}\n// lapin::x\nlet sha1_smol = 1;\n"),
         File::sample("src/main.rs", "use axum::Router;\n"),
     ];
     assert_eq!(
         homes(&bad),
         [
-            "src/rpc/mod.rs:1: redis is at home in ledger",
+            "src/rpc/mod.rs:1: sha1_smol is at home in ledger",
             "src/http/stats.rs:1: socketioxide is at home in gateway",
             "src/main.rs:1: axum is at home in app, gateway, http",
         ]
