@@ -4,6 +4,7 @@
 use std::collections::HashMap;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime};
 
 use futures_util::FutureExt as _;
@@ -205,7 +206,7 @@ impl Actor {
         let mut timer = Box::pin(sleep_until(self.wake_at()));
         let session = Arc::clone(&self.session);
         loop {
-            if session.over.is_cancelled() || self.heeds_an_end() {
+            if session.is_over.load(Ordering::Acquire) || self.heeds_an_end() {
                 return;
             }
             let wake = self.wake_at();

@@ -8,6 +8,7 @@ use std::future::poll_fn;
 use std::io;
 use std::ops::ControlFlow;
 use std::pin::{Pin, pin};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 use std::task::{Context, Poll, ready};
 
@@ -128,7 +129,7 @@ impl Heir for Attendant {
         let now = Instant::now();
         let (shared, session, line, guest) = (self.shared, self.session, self.line, self.guest);
         // Its client may have left while the connection went over.
-        let leaves_at = session.over.is_cancelled().then(|| now + HANDSHAKE_TIMEOUT);
+        let leaves_at = session.is_over.load(Ordering::Acquire).then(|| now + HANDSHAKE_TIMEOUT);
         let pulse = Pulse { ping_at: now + PING_INTERVAL, pong_by: None, leaves_at };
         let reading = Reading { shared, session, pipe, reader, frames: Frames::default(), pulse };
         tokio::spawn(reading.live(line, (alive, guest)));

@@ -252,8 +252,9 @@ pub struct Session {
     pub closing: CancellationToken,
     /// A poll has carried the news that the transport is closed.
     pub told: AtomicBool,
-    /// It is over: the actor ends.
+    /// It is over: the actor ends. The same for who only looks, as often as there is a message.
     pub over: CancellationToken,
+    pub is_over: AtomicBool,
     /// Something is there for the actor.
     pub stir: Notify,
     socket: Weak<Socket>,
@@ -478,6 +479,7 @@ impl Shared {
             closing: CancellationToken::new(),
             told: AtomicBool::new(false),
             over: CancellationToken::new(),
+            is_over: AtomicBool::new(false),
             stir: Notify::new(),
             socket: Arc::downgrade(socket),
             line: handshake::line(socket.req_parts()),
@@ -598,6 +600,7 @@ impl Shared {
             self.keep.forget(session.user);
         }
         lock(&session.seat).take();
+        session.is_over.store(true, Ordering::Release);
         session.over.cancel();
         session.stir.notify_one();
     }

@@ -29,6 +29,10 @@ const OUTPUT_BYTES: usize = 64 * 1024;
 /// Questions that may wait, given up or not: more than [`super::client::QUESTIONS_MAX`], which are not given up.
 const QUESTIONS_MAX: usize = 16_384;
 
+/// What is only said of subscriptions that somebody asked to begin or end. That one of a slot has ended, `SUNSUBSCRIBE`, a
+/// master says by itself too, when the slot leaves it.
+const STATES: [&str; 5] = ["SUBSCRIBE", "PSUBSCRIBE", "SSUBSCRIBE", "UNSUBSCRIBE", "PUNSUBSCRIBE"];
+
 type Answer = Result<Reply, Failure>;
 
 /// What a question is answered with.
@@ -256,17 +260,16 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Traffic<S> {
         let answer = match reply.value() {
             Value::Push(mut told) => {
                 let (kind, channel) = (told.next().and_then(Value::text), told.next().and_then(Value::text));
-                let kind = kind.unwrap_or_default().to_ascii_lowercase();
-                let is_answer = matches!(self.waiting.front(), Some(Asker { expected: Expected::Told { verb, channel: of }, .. })
-                    if verb.eq_ignore_ascii_case(&kind) && channel == Some(of));
-                // A master says that a sharded subscription has ended unasked too, when the slot leaves it.
-                let is_state = kind.ends_with("subscribe") && kind != "sunsubscribe";
-                if !is_answer {
-                    let Some(pushed) = self.pushed.as_ref().filter(|_| !is_state) else { return Err(Excess::Unasked) };
-                    pushed(&reply);
-                    return Ok(());
+                let is = |verb: &&str| kind.is_some_and(|kind| kind.eq_ignore_ascii_case(verb));
+                let expected = self.waiting.front().map(|asker| &asker.expected);
+                match (expected, &self.pushed) {
+                    (Some(Expected::Told { verb, channel: of }), _) if is(verb) && channel == Some(of) => Ok(reply),
+                    (_, Some(pushed)) if !STATES.iter().any(is) => {
+                        pushed(&reply);
+                        return Ok(());
+                    }
+                    _ => return Err(Excess::Unasked),
                 }
-                Ok(reply)
             }
             Value::Error(words) => Err(Failure::Refused(line(&String::from_utf8_lossy(words)))),
             _ if self.waiting.front().is_some_and(|asker| asker.expected != Expected::Reply) => {
