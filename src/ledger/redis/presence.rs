@@ -9,7 +9,7 @@ use crate::domain::{EventId, Personal, SessionId, UserId, whole_ms};
 use crate::ledger::call::Call;
 use crate::ledger::notice::write_personal;
 use crate::ledger::reply::{self, Left};
-use crate::ledger::{LedgerError, Presence, key, script};
+use crate::ledger::{LedgerError, Presence, SILENT_MAX, TOLD_KEPT, key, script};
 
 /// How many dead replicas one call reaps, how many users of each, and for how long other replicas leave them alone.
 const REAP_REPLICAS_MAX: usize = 4;
@@ -28,15 +28,18 @@ impl RedisLedger {
         // The index first, so that it is never too small; and once more, because the leaving of another session here may
         // have taken the user out of it before this one could be seen.
         self.host(user).await?;
-        let call = Call::new().key(key::user(user)).arg(session).arg(self.replica);
-        let (generation, now) = reply::entered(self.run(&script::ENTER, call).await?)?;
+        let call = Call::new().key(key::user(user)).key(key::told(user)).arg(session).arg(self.replica);
+        let call = call.arg(whole_ms(TOLD_KEPT)).arg(whole_ms(SILENT_MAX));
+        let mut presence = reply::entered(self.run(&script::ENTER, call).await?)?;
+        let generation = presence.generation;
         let adopt = |event| async move {
             let call = Call::about(event).arg(user).arg(generation);
             reply::locks(self.run(&script::ADOPT, call).await?, user)
         };
         let (hosted, locks) = tokio::join!(self.host(user), self.in_events_of(user, adopt));
         hosted?;
-        Ok(Presence { generation, now, locks: locks? })
+        presence.locks = locks?;
+        Ok(presence)
     }
 
     pub(super) async fn session_leaves(
@@ -54,7 +57,12 @@ impl RedisLedger {
     }
 
     pub(super) async fn tell_sockets(&self, user: UserId, message: &Personal) -> Result<(), LedgerError> {
-        self.driver.publish(&key::user_channel(user), &write_personal(message)).await
+        let (channel, text) = (key::user_channel(user), write_personal(message));
+        if let Personal::Order { .. } = message {
+            let call = Call::new().key(key::told(user)).arg(text).arg(channel).arg(whole_ms(TOLD_KEPT));
+            return reply::said(&self.run(&script::TELL, call).await?, "told");
+        }
+        self.driver.publish(&channel, &text).await
     }
 
     pub(super) async fn reap_dead(&self, grace: Duration) -> Result<u64, LedgerError> {
@@ -74,11 +82,12 @@ impl RedisLedger {
     /// Ends sessions of a user on a replica: one, or all that began before an instant. If none is left anywhere, the
     /// user's locks are abandoned.
     async fn depart(&self, user: UserId, which: Departing<'_>, grace: Duration) -> Result<Left, LedgerError> {
-        let call = Call::new().key(key::user(user));
+        let call = Call::new().key(key::user(user)).key(key::told(user));
         let call = match which {
             Departing::One(session) => call.arg(session).arg(self.replica).arg(""),
             Departing::AllOf { replica, before_us } => call.arg("").arg(replica).arg(before_us),
         };
+        let call = call.arg(whole_ms(SILENT_MAX));
         let left = reply::left(self.run(&script::LEAVE, call).await?)?;
         if left.remaining > 0 {
             return Ok(left);
