@@ -457,7 +457,11 @@ on_both! {
         let [first, second, third] = [(); 3].map(|()| SessionId::generate());
         let names = |presence: &Presence| -> Vec<String> { presence.told.iter().map(|told| name_of(&told.message)).collect() };
         let enter = async |session| on.ledger.enter(user(7), session).await.unwrap();
+        let mut feed = on.ledger.feed().expect("taken once");
+        on.ledger.subscribe(Topic::User(user(7))).await.unwrap();
         on.ledger.tell(user(7), &told_of("A")).await.unwrap();
+        let told = async { while feed.recv().await != Some(FeedItem::Personal(user(7), told_of("A"))) {} };
+        tokio::time::timeout(Duration::from_secs(5), told).await.expect("told at once, too");
         on.step(MS).await;
         let presence = enter(first).await;
         assert_eq!((names(&presence), presence.seen_until), (vec!["A".to_owned()], Instant::from_ms(0)), "nobody was there");
@@ -495,12 +499,14 @@ on_both! {
 
         let all: Vec<String> = (100..120).map(|order| order.to_string()).collect();
         for order in &all {
-            on.ledger.tell(user(7), &told_of(order)).await.unwrap();
+            on.ledger.tell(user(9), &told_of(order)).await.unwrap();
         }
-        assert_eq!(names(&enter(first).await), all[4..], "the latest sixteen");
+        let latest = on.ledger.enter(user(9), first).await.unwrap();
+        assert_eq!(names(&latest), all[4..], "the latest sixteen");
         let lock = LockId::generate(event(1));
-        on.ledger.tell(user(7), &Personal::Pinned { lock, deadline: Instant::from_ms(1) }).await.unwrap();
-        assert_eq!(names(&enter(first).await), all[4..], "and nothing but orders");
+        on.ledger.tell(user(9), &Personal::Pinned { lock, deadline: Instant::from_ms(1) }).await.unwrap();
+        let again = on.ledger.enter(user(9), first).await.unwrap();
+        assert_eq!(names(&again), all[4..], "and nothing but orders");
     }
 
     /// A snapshot that was asked for earlier never replaces a later one.
