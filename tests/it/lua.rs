@@ -333,6 +333,27 @@ async fn microseconds_are_kept_whole() {
     assert_eq!(left, ["left", "1800000000123458", "0", "0", "1800000000123457"]);
 }
 
+/// What was told is dropped when the last session ends that can have shown it, and by no leaving that ended nothing.
+#[tokio::test]
+async fn what_was_told_is_kept_until_the_last_session_ends() {
+    let on = Bench::new().await;
+    on.alone("tell", &["told"], &["news", "channel", "600000"]).await;
+    on.pass(20_000).await;
+    let kept = async || on.client.zcard::<u64, _>("told").await.expect("ZCARD answers");
+    for nobody in [["s", "r", ""], ["", "r", "9000000000000000"]] {
+        on.leave("sessions", nobody).await;
+        assert_eq!(kept().await, 1, "{nobody:?} has ended nothing");
+    }
+    for session in ["s", "t"] {
+        on.enter("sessions", session).await;
+    }
+    on.leave("sessions", ["s", "r", ""]).await;
+    assert_eq!(kept().await, 1, "another is open");
+    on.pass(1).await;
+    on.leave("sessions", ["", "r", "9000000000000000"]).await;
+    assert_eq!(kept().await, 0);
+}
+
 /// When everybody forgets an event, a user or the fleet, every key of theirs ends by itself.
 #[tokio::test]
 async fn every_key_has_a_lifetime() {
