@@ -177,7 +177,8 @@ metrics! {
     counter GATEWAY_ANSWERS = "seatlock_gateway_answers_total" { name, outcome };
     /// Seconds from the turn of a message to its answer.
     histogram GATEWAY_ANSWER_SECONDS = "seatlock_gateway_answer_seconds" { name } [LATENCY_SECONDS];
-    /// Messages to sockets that nobody asked for, news of rooms aside, by what became of them (`sent`, `waiting`, `dropped`).
+    /// Messages to sockets that nobody asked for, news of rooms aside, by what became of them (`sent`, `waiting`, `dropped`;
+    /// `again`: told to who may have missed it).
     counter GATEWAY_PUSHES = "seatlock_gateway_pushes_total" { outcome };
     /// Times an answer had to wait because the socket's send buffer was full.
     counter GATEWAY_FULL = "seatlock_gateway_send_waits_total";

@@ -142,6 +142,7 @@ pub(super) fn gateway_options(config: &Config, stock: &Stock) -> GatewayOptions 
         request_timeout: config.request_timeout,
         lock_ttl: config.lock_ttl,
         abandoner_ttl: config.abandoner_ttl,
+        expiry_warning: config.expiry_warning,
         disconnect_grace: config.disconnect_grace,
         drain_grace: config.disconnect_grace.max(DRAIN_GRACE_MIN),
         max_per_lock: config.max_per_lock,

@@ -17,10 +17,10 @@ use super::auth::{Claims, Scope};
 use super::queue::{self, Taken};
 use super::session::{Answer, Ending, Incoming, Sent, Session};
 use super::wire::{self, About, Code, Json, Name, Refusal};
-use super::{Doubts, Drain, Shared, Word};
+use super::{Drain, Shared, Word};
 use crate::domain::{
-    Availability, EventId, Kept, LockStatus, Personal, ReleaseReason, Releaser, RestoreOutcome, RestoreRequest,
-    SessionId, UserId,
+    self, Availability, EventId, Kept, Lock, LockStatus, Personal, ReleaseReason, Releaser, RestoreOutcome,
+    RestoreRequest, SessionId, UserId,
 };
 use crate::fanout::Fanout;
 use crate::inventory::StockError;
@@ -128,8 +128,10 @@ pub(super) struct Actor {
     greeted: bool,
     word: watch::Receiver<Word>,
     /// The doubts that the entry under way began with, and the last ones that an entry has put to rest.
-    doubt: Doubts,
-    rested: Doubts,
+    doubt: u64,
+    rested: u64,
+    /// What was told of orders up to then, other sessions have shown; `None` until an entry was tried.
+    missed_from: Option<domain::Instant>,
     token: Token,
     /// The events that the token is for.
     pub scope: Scope,
@@ -171,6 +173,7 @@ impl Actor {
             word,
             doubt: rested,
             rested,
+            missed_from: None,
             shared,
             session,
             inbox,
@@ -278,9 +281,7 @@ impl Actor {
 
     /// What the last entry said may not be so any more.
     fn doubts_itself(&self) -> bool {
-        let now = self.word.borrow().doubts;
-        now.of_sessions > self.rested.of_sessions
-            || now.of_locks > self.rested.of_locks && self.shared.keep.knows(self.session.user)
+        self.word.borrow().doubts > self.rested
     }
 
     /// When something is due by itself.
@@ -400,6 +401,8 @@ impl Actor {
                 Standing::Out { .. } | Standing::In { .. } => ENTER_RETRY,
             };
             self.standing = Standing::Out { at: Instant::now() + pause, pause: (pause * 2).min(ENTER_RETRY_MAX) };
+            // Only the answer may be lost: what the ledger says next takes this session for one that has shown all.
+            self.missed_from.get_or_insert(domain::Instant::from_ms(0));
             return;
         };
         self.standing = Standing::In { generation: presence.generation };
@@ -410,11 +413,40 @@ impl Actor {
             self.standing = Standing::Out { at: Instant::now(), pause: ENTER_RETRY };
         }
         self.shared.keep.listed(self.session.user, &presence.locks);
-        if std::mem::replace(&mut self.greeted, true) {
-            return;
+        if !std::mem::replace(&mut self.greeted, true) {
+            let data = wire::connected(self.session.id, self.session.user, presence.now, &presence.locks);
+            self.patiently(|session| session.emit("connected", &data)).await;
         }
-        let data = wire::connected(self.session.id, self.session.user, presence.now, &presence.locks);
-        self.patiently(|session| session.emit("connected", &data)).await;
+        let missed = self.missed(&presence);
+        if !missed.is_empty() {
+            Box::pin(self.retell(missed)).await;
+        }
+    }
+
+    /// What the client may not have been told: of orders, and that deadlines are near.
+    fn missed(&mut self, presence: &Presence) -> Vec<Personal> {
+        let from = *self.missed_from.get_or_insert(presence.seen_until);
+        let orders = presence.told.iter().filter(|told| told.at > from).map(|told| told.message.clone());
+        let left = |lock: &Lock| Duration::from_millis(lock.deadline.as_ms().saturating_sub(presence.now.as_ms()));
+        let near = |lock: &&Lock| {
+            left(lock) <= self.shared.options.expiry_warning && !self.shared.keep.has_ended(lock.user, lock.id)
+        };
+        let warning =
+            |lock: &Lock| Personal::Expiring { lock: lock.id, deadline: lock.deadline, remaining: left(lock) };
+        orders.chain(presence.locks.iter().filter(near).map(warning)).collect()
+    }
+
+    /// Tells what the client has not been told yet.
+    async fn retell(&self, missed: Vec<Personal>) {
+        for message in missed {
+            if let Some((name, data)) = wire::personal(&message)
+                && self.session.heard.is_news(&message)
+            {
+                self.shared.keep.heard(self.session.user, &message);
+                metrics::GATEWAY_PUSHES.count(&["again"]);
+                self.patiently(|session| session.emit(name, &data)).await;
+            }
+        }
     }
 
     /// What a message needs while it is worked on is boxed, here and below: an idle socket is not to have room for it.

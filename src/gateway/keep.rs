@@ -153,11 +153,6 @@ impl Keep {
         lock(&self.users).get(&user).is_some_and(|remembered| remembered.ended.contains(&id))
     }
 
-    /// Whether any lock of a user is remembered.
-    pub fn knows(&self, user: UserId) -> bool {
-        lock(&self.users).get(&user).is_some_and(|remembered| !remembered.locks.is_empty())
-    }
-
     /// The locks remembered of a user.
     pub fn of(&self, user: UserId) -> Vec<Memento> {
         lock(&self.users).get(&user).map(|remembered| remembered.locks.clone()).unwrap_or_default()

@@ -19,6 +19,7 @@ mod frame;
 pub(crate) mod fuzzing;
 mod handlers;
 mod handshake;
+mod heard;
 mod hoard;
 mod keep;
 mod limits;
@@ -118,6 +119,8 @@ pub struct GatewayOptions {
     pub lock_ttl: Duration,
     /// The shortest time that a lock stands for a user who lets one after the other lapse; `None`: the same for all.
     pub abandoner_ttl: Option<Duration>,
+    /// How long before its deadline a lock's owner is warned, as the ledger does it.
+    pub expiry_warning: Duration,
     /// What locks have left when the last socket of their user is gone.
     pub disconnect_grace: Duration,
     /// The same when it is gone because this replica drains.
@@ -154,6 +157,7 @@ impl Default for GatewayOptions {
             request_timeout: Duration::from_secs(2),
             lock_ttl: Duration::from_mins(5),
             abandoner_ttl: None,
+            expiry_warning: Duration::from_mins(1),
             disconnect_grace: Duration::from_secs(15),
             drain_grace: Duration::from_mins(1),
             max_per_lock: 10,
@@ -206,7 +210,9 @@ struct Shared {
 /// What all sessions are told. Their actors look at it when they are stirred.
 #[derive(Debug, Clone, Copy, Default)]
 struct Word {
-    doubts: Doubts,
+    /// How often this replica had reason to doubt that it and the ledger know the same: the ledger may have lost the
+    /// sessions that were entered into it, or messages to users may have been missed.
+    doubts: u64,
     drain: Drain,
 }
 
@@ -219,15 +225,6 @@ enum Drain {
     InTurn,
     /// All that are left finish at once.
     AtOnce,
-}
-
-/// How often this replica had reason to doubt that it and the ledger know the same. Each only rises.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-struct Doubts {
-    /// The ledger may have lost the sessions that were entered into it.
-    of_sessions: u64,
-    /// Messages about locks may have been missed: who is remembered to have some asks again.
-    of_locks: u64,
 }
 
 /// When a draining replica moves its clients: one after the other, evenly.
@@ -273,6 +270,12 @@ impl Shared {
     fn tell_all(&self, tell: impl FnOnce(&mut Word)) {
         self.word.send_modify(tell);
         self.rooms.stir_all();
+    }
+
+    /// Every session enters again: what this replica remembers of its users' locks is handed back, and they are told
+    /// what they missed.
+    fn doubt(&self) {
+        self.tell_all(|word| word.doubts += 1);
     }
 
     /// Ends a polling session as its client would: a close packet in a request of its own.
@@ -420,7 +423,7 @@ impl Gateway {
     /// The ledger may have lost what was entered into it: every session enters again, and what this replica remembers
     /// of its users' locks is handed back. Returns at once; goes on until the ledger has answered.
     pub fn reassure(&self) {
-        self.shared.tell_all(|word| word.doubts.of_sessions += 1);
+        self.shared.doubt();
     }
 
     /// Learns how locks ended that nobody here heard of, until `stop`.

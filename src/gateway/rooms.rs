@@ -275,7 +275,7 @@ impl Shared {
         }
         let Some((name, data)) = wire::personal(message) else { return };
         for session in sessions {
-            if Some(session.id) != author {
+            if Some(session.id) != author && session.heard.is_news(message) {
                 session.deliver(name, &data);
             }
         }
@@ -474,6 +474,6 @@ impl Audience for Here {
     }
 
     fn missed(&self) {
-        self.0.tell_all(|word| word.doubts.of_locks += 1);
+        self.0.doubt();
     }
 }

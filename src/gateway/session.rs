@@ -25,6 +25,7 @@ use super::actor::Actor;
 use super::attend::Attendant;
 use super::auth::Claims;
 use super::handshake::{self, Guest};
+use super::heard::Heard;
 use super::limits::{HANDSHAKE_TIMEOUT, INBOX_LEN_MAX, INBOX_RETRY_AFTER, REFUSALS_MAX, Seat, TOO_FAST};
 use super::line::{Line, Lines};
 use super::packet::{self, Packet};
@@ -277,6 +278,8 @@ pub struct Session {
     /// With the turn in which each was joined; `None` when the session is over.
     rooms: Mutex<Option<HashMap<EventId, u64>>>,
     mail: queue::Sender<(&'static str, Json)>,
+    /// What it was told of orders and deadlines.
+    pub heard: Heard,
 }
 
 impl fmt::Debug for Session {
@@ -494,6 +497,7 @@ impl Shared {
             too_fast: Pace::default(),
             rooms: Mutex::new(Some(HashMap::new())),
             mail,
+            heard: Heard::default(),
         });
         let guard = Guard { session: Arc::clone(&session), shared: Arc::downgrade(self) };
         socket.extensions.insert(Arc::new(guard));

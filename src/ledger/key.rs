@@ -69,6 +69,11 @@ pub(super) fn user(user: UserId) -> String {
     format!("seatlock:{{u:{user}}}")
 }
 
+/// What a user was told a short time ago of orders.
+pub(super) fn told(user: UserId) -> String {
+    format!("seatlock:{{u:{user}}}:told")
+}
+
 /// The event that a field of a user's hash stands for, if it stands for one.
 pub(super) fn event_of_field(field: &str) -> Option<EventId> {
     field.strip_prefix("e:")?.parse().ok()

@@ -10,12 +10,16 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use async_trait::async_trait;
 use tokio::sync::mpsc;
 
-use super::{FEED_LEN_MAX, FeedItem, Footing, Ledger, LedgerError, LedgerOptions, Presence, Swept, Topic, ends};
+use super::notice::write_personal;
+use super::{
+    FEED_LEN_MAX, FeedItem, Footing, Ledger, LedgerError, LedgerOptions, Presence, SILENT_MAX, Swept, TOLD_KEPT,
+    TOLD_LEN_MAX, Told, Topic, ends,
+};
 use crate::domain::{
     AcceptOutcome, Announcement, AskOutcome, Availability, Book, ConfirmOutcome, End, EndReason, EventId, FleetStats,
-    Lock, LockId, LockOutcome, LockRequest, LockStatus, Now, OrderId, OrderOutcome, OrderReport, Personal,
+    Instant, Lock, LockId, LockOutcome, LockRequest, LockStatus, Now, OrderId, OrderOutcome, OrderReport, Personal,
     ReleaseOutcome, Releaser, ReplicaId, ReplicaReport, RestoreOutcome, RestoreRequest, SessionId, Snapshot,
-    SnapshotNumber, UserId, ValidateOutcome, ValidateRequest,
+    SnapshotNumber, UserId, ValidateOutcome, ValidateRequest, whole_ms,
 };
 
 /// Where the embedded ledger reads the time. Tests step it; the service uses the system's clock.
@@ -45,6 +49,29 @@ struct Sessions {
     generation: u64,
     open: BTreeSet<SessionId>,
     events: BTreeSet<EventId>,
+    /// As in `lua/tell.lua`.
+    told: Vec<Told>,
+}
+
+impl Sessions {
+    /// Notes what the user is told of an order. A repeat is as if it had not been told before.
+    fn tell(&mut self, now: Instant, message: &Personal) {
+        self.told.retain(|before| before.message != *message);
+        self.told.push(Told { at: now, message: message.clone() });
+        self.told.sort_by_cached_key(|told| (told.at, write_personal(&told.message)));
+        let surplus = self.told.len().saturating_sub(TOLD_LEN_MAX);
+        self.told.drain(..surplus);
+    }
+
+    /// What is still kept of it.
+    fn kept(&self, now: Instant) -> impl Iterator<Item = &Told> {
+        let since = before(now, TOLD_KEPT);
+        self.told.iter().filter(move |told| told.at >= since)
+    }
+}
+
+fn before(now: Instant, interval: Duration) -> Instant {
+    Instant::from_ms(now.as_ms().saturating_sub(whole_ms(interval)))
 }
 
 impl MemoryLedger {
@@ -218,6 +245,9 @@ impl Ledger for MemoryLedger {
         let (mut guard, now) = self.enter_state();
         let state = &mut *guard;
         let sessions = state.presence.entry(user).or_default();
+        let told: Vec<Told> = sessions.kept(now.instant()).cloned().collect();
+        let shown = !told.is_empty() && sessions.open.iter().any(|open| *open != session);
+        let seen_until = if shown { before(now.instant(), SILENT_MAX) } else { Instant::from_ms(0) };
         sessions.open.insert(session);
         sessions.generation = now.0.max(sessions.generation + 1);
         let generation = sessions.generation;
@@ -227,15 +257,19 @@ impl Ledger for MemoryLedger {
                 locks.append(&mut book.adopt(now, user, generation));
             }
         }
-        Ok(Presence { generation, now: now.instant(), locks })
+        Ok(Presence { generation, now: now.instant(), locks, told, seen_until })
     }
 
     async fn leave(&self, user: UserId, session: SessionId, grace: Duration) -> Result<(), LedgerError> {
         let (mut guard, now) = self.enter_state();
         let state = &mut *guard;
         let sessions = state.presence.entry(user).or_default();
-        sessions.open.remove(&session);
+        let ended = sessions.open.remove(&session);
         sessions.generation = now.0.max(sessions.generation + 1);
+        if ended && sessions.open.is_empty() {
+            let shown = before(now.instant(), SILENT_MAX);
+            sessions.told.retain(|told| told.at > shown);
+        }
         if sessions.open.is_empty() {
             let generation = sessions.generation;
             sessions.events.retain(|event| {
@@ -248,7 +282,10 @@ impl Ledger for MemoryLedger {
     }
 
     async fn tell(&self, user: UserId, message: &Personal) -> Result<(), LedgerError> {
-        let (mut state, _) = self.enter_state();
+        let (mut state, now) = self.enter_state();
+        if let Personal::Order { .. } = message {
+            state.presence.entry(user).or_default().tell(now.instant(), message);
+        }
         state.announce(vec![Announcement::User(user, message.clone())]);
         Ok(())
     }
@@ -270,14 +307,14 @@ impl Ledger for MemoryLedger {
             }
             next = [next, report.next].into_iter().flatten().min();
         }
-        swept.next = next
-            .map(|at: crate::domain::Instant| Duration::from_millis(at.as_ms().saturating_sub(now.instant().as_ms())));
+        swept.next = next.map(|at: Instant| Duration::from_millis(at.as_ms().saturating_sub(now.instant().as_ms())));
         state.announce(out);
         let State { books, presence, topics, .. } = state;
         books.retain(|event, book| !book.is_idle(now) || topics.contains(&Topic::Event(*event)));
         presence.retain(|_, sessions| {
             sessions.events.retain(|event| books.contains_key(event));
-            !sessions.open.is_empty() || !sessions.events.is_empty()
+            let keeps = sessions.kept(now.instant()).next().is_some();
+            keeps || !sessions.open.is_empty() || !sessions.events.is_empty()
         });
         Ok(swept)
     }

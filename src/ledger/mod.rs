@@ -52,6 +52,16 @@ pub struct LedgerOptions {
 /// [`FeedItem::Resync`]: 65,536 notices of about 150 bytes are 10 MiB.
 pub const FEED_LEN_MAX: usize = 65_536;
 
+/// How long what a user is told of an order is kept for who is between two connections, and how many such messages: the
+/// latest. Nobody is away for longer who still waits, and nobody orders so often.
+pub const TOLD_KEPT: Duration = Duration::from_mins(10);
+/// See [`TOLD_KEPT`]; `lua/tell.lua` knows it too.
+pub const TOLD_LEN_MAX: usize = 16;
+
+/// How long a session may stand open whose client is gone, or whose replica cannot be reached: a missing pong is noticed
+/// after 18 s, a lease that ran out after 7.
+pub const SILENT_MAX: Duration = Duration::from_secs(20);
+
 /// What one sweep of the due events did and found.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Swept {
@@ -74,6 +84,19 @@ pub struct Presence {
     pub now: Instant,
     /// The user's active locks, over all events.
     pub locks: Vec<Lock>,
+    /// What the user was told of orders and may not have seen, in order.
+    pub told: Vec<Told>,
+    /// What was told up to then, another session of the user that is open has shown.
+    pub seen_until: Instant,
+}
+
+/// A message for a user's sockets that is kept.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Told {
+    /// When it was told last.
+    pub at: Instant,
+    /// What.
+    pub message: Personal,
 }
 
 /// Whether what a replica entered into the ledger can still be there.
@@ -144,7 +167,7 @@ pub trait Ledger: Send + Sync + 'static {
     /// A session of the user ended. If it was the last, each of the user's unpinned locks lives `grace` more at most.
     async fn leave(&self, user: UserId, session: SessionId, grace: Duration) -> Result<(), LedgerError>;
 
-    /// Tells every socket of a user, on whichever replica.
+    /// Tells every socket of a user, on whichever replica. Of orders they learn at their next entry what they missed.
     async fn tell(&self, user: UserId, message: &Personal) -> Result<(), LedgerError>;
 
     /// Expires what is due, warns owners, times settlements out. Bounded work; call it again while `next` is zero.

@@ -1,5 +1,7 @@
 //! The ledger of a fleet: TTL keys in Redis, one script for each transition.
 
+mod presence;
+
 use std::fmt::{Display, from_fn};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -11,9 +13,9 @@ use tokio::sync::mpsc;
 
 use super::call::Call;
 use super::driver::{Delivery, Driver, DriverOptions, Witness};
-use super::notice::{read_change, read_expired, read_personal, write_personal};
+use super::notice::{read_change, read_expired, read_personal};
 use super::recent::Recent;
-use super::reply::{self, Left, OrderReply, Parts};
+use super::reply::{self, OrderReply, Parts};
 use super::script::{self, Script};
 use super::{FEED_LEN_MAX, FeedItem, Footing, Ledger, LedgerError, LedgerOptions, Presence, Swept, Topic, ends, key};
 use crate::domain::{
@@ -34,11 +36,6 @@ const CLAIM: Duration = Duration::from_secs(1);
 /// A lock that is due sooner is announced to the sweep by a touch of its own: twice the time between two looks that
 /// `lua/plan.lua` plans after a touch.
 const UNTOUCHED_DUE_MIN: Duration = Duration::from_secs(10);
-
-/// How many dead replicas one call reaps, how many users of each, and for how long other replicas leave them alone.
-const REAP_REPLICAS_MAX: usize = 4;
-const REAP_USERS_MAX: usize = 5000;
-const REAP_CLAIM: Duration = Duration::from_secs(5);
 
 /// After Redis came back without its data: no new lock is granted for so long, so that those who had locks come first.
 /// Replicas are connected and notice within about two seconds, and restore at thousands of locks a second.
@@ -219,10 +216,6 @@ impl RedisLedger {
         reply::said(&self.run(&script::VISIT, Call::new().key(key::user(user)).arg(event)).await?, "visited")
     }
 
-    async fn host(&self, user: UserId) -> Result<(), LedgerError> {
-        reply::said(&self.run(&script::HOST, Call::new().key(key::hosted(self.replica)).arg(user)).await?, "hosted")
-    }
-
     async fn events_of(&self, user: UserId) -> Result<Vec<EventId>, LedgerError> {
         let fields = self.driver.fields(&key::user(user)).await?;
         Ok(fields.iter().filter_map(|field| key::event_of_field(field)).collect())
@@ -355,85 +348,12 @@ impl RedisLedger {
         (known.fleet, known.epoch, known.connections) = (alive.reports, Some(alive.epoch), connections);
         Ok(footing)
     }
-
-    /// Ends sessions of a user on a replica: one, or all that began before an instant. If none is left anywhere, the
-    /// user's locks are abandoned.
-    async fn depart(&self, user: UserId, which: Departing<'_>, grace: Duration) -> Result<Left, LedgerError> {
-        let call = Call::new().key(key::user(user));
-        let call = match which {
-            Departing::One(session) => call.arg(session).arg(self.replica).arg(""),
-            Departing::AllOf { replica, before_us } => call.arg("").arg(replica).arg(before_us),
-        };
-        let left = reply::left(self.run(&script::LEAVE, call).await?)?;
-        if left.remaining > 0 {
-            return Ok(left);
-        }
-        for portion in self.events_of(user).await?.chunks(PARALLEL) {
-            let abandon = |event: &EventId| {
-                let event = *event;
-                async move {
-                    self.touch(event, grace).await?;
-                    let call = Call::about(event).arg(user).arg(left.generation).arg(whole_ms(grace));
-                    reply::said(&self.run(&script::ABANDON, call).await?, "abandoned")
-                }
-            };
-            for done in join_all(portion.iter().map(abandon)).await {
-                done?;
-            }
-        }
-        Ok(left)
-    }
-
-    /// Forgets that a replica has sessions of these users; how many it may still have. `found_us` is when it was seen
-    /// that there are none.
-    async fn unhost(&self, replica: &str, users: &[(UserId, u64)]) -> Result<u64, LedgerError> {
-        let call = Call::new().key(key::hosted(replica));
-        let call = users.iter().fold(call, |call, (user, found_us)| call.arg(user).arg(found_us));
-        reply::unhosted(self.run(&script::UNHOST, call).await?)
-    }
-
-    async fn reap_replica(&self, replica: &str, claimed_ms: u64, grace: Duration) -> Result<u64, LedgerError> {
-        // A session that began later shows that the replica lives after all.
-        let before_us = claimed_ms.saturating_sub(whole_ms(REAP_CLAIM)) * 1000;
-        let (mut ended, mut left_before) = (0, u64::MAX);
-        while ended < REAP_USERS_MAX {
-            let members = self.driver.oldest(&key::hosted(replica), PARALLEL).await?;
-            let users: Vec<UserId> = members.iter().filter_map(|text| text.parse().ok()).collect();
-            if users.is_empty() {
-                let call = Call::new().key(key::DEAD).arg(replica).arg(claimed_ms);
-                reply::dropped(&self.run(&script::DROP, call).await?)?;
-                break;
-            }
-            let all = Departing::AllOf { replica, before_us };
-            let mut gone = Vec::with_capacity(users.len());
-            for (user, left) in
-                users.iter().zip(join_all(users.iter().map(|user| self.depart(*user, all, grace))).await)
-            {
-                gone.push((*user, left?.found_us));
-            }
-            ended += gone.len();
-            let left = self.unhost(replica, &gone).await?;
-            if left >= left_before {
-                break;
-            }
-            left_before = left;
-        }
-        tracing::info!(replica, users = ended, "ended the sessions of a replica that is gone");
-        Ok(u64::try_from(ended).unwrap_or(u64::MAX))
-    }
 }
 
 impl Drop for RedisLedger {
     fn drop(&mut self) {
         self.driver.close();
     }
-}
-
-/// Which sessions of a user end.
-#[derive(Clone, Copy)]
-enum Departing<'a> {
-    One(SessionId),
-    AllOf { replica: &'a str, before_us: u64 },
 }
 
 struct EventSwept {
@@ -636,31 +556,15 @@ impl Ledger for RedisLedger {
     }
 
     async fn enter(&self, user: UserId, session: SessionId) -> Result<Presence, LedgerError> {
-        // The index first, so that it is never too small; and once more, because the leaving of another session here may
-        // have taken the user out of it before this one could be seen.
-        self.host(user).await?;
-        let call = Call::new().key(key::user(user)).arg(session).arg(self.replica);
-        let (generation, now) = reply::entered(self.run(&script::ENTER, call).await?)?;
-        let adopt = |event| async move {
-            let call = Call::about(event).arg(user).arg(generation);
-            reply::locks(self.run(&script::ADOPT, call).await?, user)
-        };
-        let (hosted, locks) = tokio::join!(self.host(user), self.in_events_of(user, adopt));
-        hosted?;
-        Ok(Presence { generation, now, locks: locks? })
+        self.session_enters(user, session).await
     }
 
     async fn leave(&self, user: UserId, session: SessionId, grace: Duration) -> Result<(), LedgerError> {
-        let left = self.depart(user, Departing::One(session), grace).await?;
-        if left.here == 0 {
-            // A leftover costs one look when this replica is reaped.
-            self.unhost(&self.replica.to_string(), &[(user, left.found_us)]).await.ok();
-        }
-        Ok(())
+        self.session_leaves(user, session, grace).await
     }
 
     async fn tell(&self, user: UserId, message: &Personal) -> Result<(), LedgerError> {
-        self.driver.publish(&key::user_channel(user), &write_personal(message)).await
+        self.tell_sockets(user, message).await
     }
 
     async fn sweep(&self) -> Result<Swept, LedgerError> {
@@ -683,13 +587,7 @@ impl Ledger for RedisLedger {
     }
 
     async fn reap(&self, grace: Duration) -> Result<u64, LedgerError> {
-        let call = Call::new().key(key::DEAD).arg(REAP_REPLICAS_MAX).arg(whole_ms(REAP_CLAIM));
-        let (claimed_ms, _, replicas) = reply::due::<String>(self.run(&script::DUE, call).await?)?;
-        let mut users = 0;
-        for replica in replicas {
-            users += self.reap_replica(&replica, claimed_ms, grace).await?;
-        }
-        Ok(users)
+        self.reap_dead(grace).await
     }
 
     async fn beat(&self, report: &ReplicaReport) -> Result<Footing, LedgerError> {

@@ -5,13 +5,15 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use super::driver::{List, Reply};
+use super::notice::read_personal;
 use super::script::Script;
-use super::{LedgerError, ends};
+use super::{LedgerError, Presence, Told, ends};
 use crate::domain::{
     AcceptOutcome, AskOutcome, Availability, BookStats, CategoryId, ConfirmOutcome, End, EndReason, EventId, Grant,
     Instant, Lock, LockId, LockOutcome, LockStatus, Quantity, ReleaseOutcome, RestoreOutcome, SnapshotNumber, UserId,
     ValidateOutcome,
 };
+use crate::metrics;
 
 /// A reply being read, front to back.
 pub(super) struct Parts {
@@ -428,12 +430,22 @@ pub(super) fn restore(parts: &Parts) -> Result<(RestoreOutcome, bool), LedgerErr
     })
 }
 
-/// The user's generation, and Redis's time.
-pub(super) fn entered(mut parts: Parts) -> Result<(u64, Instant), LedgerError> {
-    match parts.word() {
-        "entered" => Ok((parts.read()?, parts.instant()?)),
-        _ => Err(parts.unexpected()),
+/// A user's presence, the locks of which are still to be asked for.
+pub(super) fn entered(mut parts: Parts) -> Result<Presence, LedgerError> {
+    if parts.word() != "entered" {
+        return Err(parts.unexpected());
     }
+    let (generation, now, seen_until) = (parts.read()?, parts.instant()?, parts.instant()?);
+    let mut told = Vec::new();
+    for mut kept in parts.lists()? {
+        let at = kept.instant()?;
+        match read_personal(&kept.text()?) {
+            Some(message) => told.push(Told { at, message }),
+            // As when it comes by itself: a later version's words keep nobody out.
+            None => metrics::LEDGER_NOTICES_UNREADABLE.count(&[]),
+        }
+    }
+    Ok(Presence { generation, now, locks: Vec::new(), told, seen_until })
 }
 
 /// What `beat` says.

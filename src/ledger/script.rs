@@ -172,8 +172,9 @@ scripts! {
     PLAN = "plan" alone (Exactly(2), Exactly(4));
     VISIT = "visit" alone (Exactly(1), Exactly(1));
     FORGET = "forget" alone (Exactly(1), AtLeast(1));
-    ENTER = "enter" alone (Exactly(1), Exactly(2));
-    LEAVE = "leave" alone (Exactly(1), Exactly(3));
+    ENTER = "enter" alone (Exactly(2), Exactly(4));
+    LEAVE = "leave" alone (Exactly(2), Exactly(4));
+    TELL = "tell" alone (Exactly(1), Exactly(3));
     HOST = "host" alone (Exactly(1), Exactly(1));
     UNHOST = "unhost" alone (Exactly(1), AtLeast(2));
     DROP = "drop" alone (Exactly(1), Exactly(2));

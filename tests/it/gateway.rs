@@ -2,6 +2,8 @@
 
 #![expect(clippy::wildcard_enum_match_arm, reason = "everything but what is expected fails the test")]
 
+mod again;
+
 use std::sync::Arc;
 use std::time::Duration;
 

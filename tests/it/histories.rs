@@ -20,10 +20,10 @@ use futures_util::future::join_all;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, RngAlgorithm, TestCaseError, TestRng, TestRunner};
 use seatlock::domain::{
-    AskOutcome, CategoryId, Instant, Kept, LockId, LockOutcome, LockRequest, LockStatus, Memento, OrderResult,
-    RateLimit, Releaser, RestoreRequest, SessionId, SnapshotNumber, ValidateRequest,
+    AskOutcome, CategoryId, Instant, Kept, LockId, LockOutcome, LockRequest, LockStatus, Memento, OrderReport,
+    OrderResult, Personal, RateLimit, Releaser, RestoreRequest, SessionId, SnapshotNumber, ValidateRequest,
 };
-use seatlock::ledger::{Ledger, Script};
+use seatlock::ledger::{Ledger, Presence, Script};
 
 use crate::audit::{Auditor, Deed, When};
 use crate::support::ledger::{
@@ -333,8 +333,11 @@ async fn apply(ledger: &dyn Ledger, made: &Made, now_ms: u64, step: &Step) -> Do
         Step::Enter { user: u, session: n } => {
             let presence = ledger.enter(user(u), session(u, n)).await;
             let generation = presence.as_ref().ok().map(|presence| (u, presence.generation));
-            let locks = presence.map(|presence| (presence.generation, without_sessions(presence.locks)));
-            Done { generation, ..Done::of(locks, |_| None) }
+            let seen = presence.map(|presence| {
+                let Presence { generation, now, locks, told, seen_until } = presence;
+                (generation, now, without_sessions(locks), told, seen_until)
+            });
+            Done { generation, ..Done::of(seen, |_| None) }
         }
         Step::Leave { user: u, session: n } => {
             let left = ledger.leave(user(u), session(u, n), GRACE).await;
@@ -357,7 +360,13 @@ async fn apply(ledger: &dyn Ledger, made: &Made, now_ms: u64, step: &Step) -> Do
             let result = if cancelled { OrderResult::Cancelled } else { OrderResult::Completed };
             let mut told = report(event(e), &order.to_string(), c, u, q, result);
             told.lock = lock.map(|nth| made.lock(nth)).filter(|lock| lock.event() == event(e));
-            Done::of(ledger.order(&told).await, |answer| Some(Deed::Order(told, answer)))
+            let answer = ledger.order(&told).await;
+            if answer.is_ok() {
+                let OrderReport { order, event, category, quantity, .. } = told.clone();
+                let message = Personal::Order { result, order, order_is_number: true, event, category, quantity };
+                ledger.tell(told.user, &message).await.ok();
+            }
+            Done::of(answer, |answer| Some(Deed::Order(told, answer)))
         }
         Step::Restore { known, event: e, category: c, user: u, quantity: q, kept, named, left_ms } => {
             let lock = LockId::from_random(event(e), made.tries << 64 | made.tries);

@@ -8,7 +8,7 @@ use seatlock::domain::{
     OrderOutcome, OrderResult, Personal, RateLimit, ReleaseOutcome, ReleaseReason, Releaser, RestoreOutcome,
     RestoreRequest, SessionId, SnapshotNumber, ValidateOutcome, ValidateRequest,
 };
-use seatlock::ledger::{ChangeKind, FeedItem, Topic};
+use seatlock::ledger::{ChangeKind, FeedItem, Presence, SILENT_MAX, TOLD_KEPT, Topic};
 
 use crate::support::ledger::{
     SETTLE, START_US, Stepped, TTL, WARNING, category, event, order_id, quantity, report, request, snapshot, user,
@@ -50,6 +50,23 @@ fn validate(user_id: u64, category_id: u64, n: u64) -> ValidateRequest {
         quantity: quantity(n),
         window: Duration::from_mins(1),
     }
+}
+
+/// What a user is told of an order.
+fn told_of(order: &str) -> Personal {
+    Personal::Order {
+        result: OrderResult::Completed,
+        order: order_id(order),
+        order_is_number: true,
+        event: event(1),
+        category: category(1),
+        quantity: quantity(1),
+    }
+}
+
+fn name_of(message: &Personal) -> String {
+    let Personal::Order { order, .. } = message else { panic!("of an order: {message:?}") };
+    order.to_string()
 }
 
 fn owner(user_id: u64) -> Releaser {
@@ -432,6 +449,64 @@ on_both! {
             }
         }
         assert_eq!(told, [(user(7), WARNING), (user(8), WARNING)]);
+    }
+
+    /// What a user is told of an order is kept for who missed it: for ten minutes, until a session that was open has shown
+    /// it and the last one has left.
+    async fn what_is_told_of_orders_is_kept_for_who_missed_it(on: &Stepped) {
+        let [first, second, third] = [(); 3].map(|()| SessionId::generate());
+        let names = |presence: &Presence| -> Vec<String> { presence.told.iter().map(|told| name_of(&told.message)).collect() };
+        let enter = async |session| on.ledger.enter(user(7), session).await.unwrap();
+        let mut feed = on.ledger.feed().expect("taken once");
+        on.ledger.subscribe(Topic::User(user(7))).await.unwrap();
+        on.ledger.tell(user(7), &told_of("A")).await.unwrap();
+        let told = async { while feed.recv().await != Some(FeedItem::Personal(user(7), told_of("A"))) {} };
+        tokio::time::timeout(Duration::from_secs(5), told).await.expect("told at once, too");
+        on.step(MS).await;
+        let presence = enter(first).await;
+        assert_eq!((names(&presence), presence.seen_until), (vec!["A".to_owned()], Instant::from_ms(0)), "nobody was there");
+        assert_eq!(presence.told[0].at.as_ms(), presence.now.as_ms() - 1);
+        assert_eq!(enter(first).await.seen_until, Instant::from_ms(0), "it is no other session");
+        let presence = enter(second).await;
+        assert_eq!(presence.now.as_ms() - presence.seen_until.as_ms(), 20_000, "the first has shown what is older");
+        assert_eq!(names(&presence), ["A"], "and may want it when it enters again");
+        let nothing = (Vec::<String>::new(), Instant::from_ms(0));
+        let other = on.ledger.enter(user(8), third).await.unwrap();
+        assert_eq!((names(&other), other.seen_until), nothing, "another user");
+
+        on.ledger.leave(user(7), second, GRACE).await.unwrap();
+        on.step(SILENT_MAX - MS).await;
+        on.ledger.tell(user(7), &told_of("B")).await.unwrap();
+        on.ledger.leave(user(7), first, GRACE).await.unwrap();
+        on.ledger.tell(user(7), &told_of("C")).await.unwrap();
+        on.step(SILENT_MAX).await;
+        on.ledger.leave(user(7), first, GRACE).await.unwrap();
+        let presence = enter(third).await;
+        assert_eq!(names(&presence), ["B", "C"], "A was shown; a repeat says nothing of the others");
+        for order in ["C", "B"] {
+            on.ledger.tell(user(7), &told_of(order)).await.unwrap();
+        }
+        assert_eq!(names(&enter(first).await), ["B", "C"], "in one millisecond their texts decide");
+        on.step(MS).await;
+        on.ledger.tell(user(7), &told_of("B")).await.unwrap();
+        assert_eq!(names(&enter(first).await), ["C", "B"], "once, where it was told last");
+        on.step(TOLD_KEPT).await;
+        on.ledger.sweep().await.unwrap();
+        assert_eq!(names(&enter(first).await), ["B"]);
+        on.step(MS).await;
+        let late = enter(first).await;
+        assert_eq!((names(&late), late.seen_until), nothing);
+
+        let all: Vec<String> = (100..120).map(|order| order.to_string()).collect();
+        for order in &all {
+            on.ledger.tell(user(9), &told_of(order)).await.unwrap();
+        }
+        let latest = on.ledger.enter(user(9), first).await.unwrap();
+        assert_eq!(names(&latest), all[4..], "the latest sixteen");
+        let lock = LockId::generate(event(1));
+        on.ledger.tell(user(9), &Personal::Pinned { lock, deadline: Instant::from_ms(1) }).await.unwrap();
+        let again = on.ledger.enter(user(9), first).await.unwrap();
+        assert_eq!(names(&again), all[4..], "and nothing but orders");
     }
 
     /// A snapshot that was asked for earlier never replaces a later one.

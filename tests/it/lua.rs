@@ -65,6 +65,15 @@ impl Bench {
         self.alone(name, &keys, &args).await
     }
 
+    /// A session of replica `r` enters; `user` is the key of its user.
+    async fn enter(&self, user: &str, session: &str) -> Vec<String> {
+        self.alone("enter", &[user, "told"], &[session, "r", "600000", "20000"]).await
+    }
+
+    async fn leave(&self, user: &str, [session, replica, before_us]: [&str; 3]) -> Vec<String> {
+        self.alone("leave", &[user, "told"], &[session, replica, before_us, "20000"]).await
+    }
+
     async fn every_key_ends(&self) {
         for key in self.server.keys().await.iter().filter(|key| *key != "test:clock") {
             let left = self.server.pttl(key).await;
@@ -255,28 +264,29 @@ async fn fleet_replies(on: &Bench) {
     assert_eq!(plan().await, ["dropped"]);
     assert_eq!(on.alone("visit", &["visited"], &["1"]).await, ["visited"]);
     assert_eq!(on.alone("forget", &["visited"], &["1"]).await, ["forgotten"]);
-    let entered = on.alone("enter", &["sessions"], &["s", "r"]).await;
+    let entered = on.enter("sessions", "s").await;
     assert_eq!((entered[0].as_str(), &entered[1]), ("entered", &(on.now_ms.get() * 1000).to_string()));
-    let second = on.alone("enter", &["sessions"], &["t", "r"]).await;
+    let second = on.enter("sessions", "t").await;
     assert_eq!(second[0], "entered");
-    let left = on.alone("leave", &["sessions"], &["s", "r", ""]).await;
+    let left = on.leave("sessions", ["s", "r", ""]).await;
     assert_eq!((left[0].as_str(), &left[2], &left[3]), ("left", &"1".to_owned(), &"1".to_owned()));
     assert!(on.server.pttl("sessions").await > 90_000_000, "one is there: a week");
     assert_eq!(left[1], (on.now_ms.get() * 1000 + 2).to_string(), "rises within a microsecond");
-    let forgotten = on.alone("leave", &["forgotten"], &["s", "r", ""]).await;
+    let forgotten = on.leave("forgotten", ["s", "r", ""]).await;
     assert_eq!(forgotten[1], (on.now_ms.get() * 1000).to_string(), "rises also when Redis has lost what was before");
-    let left = on.alone("leave", &["sessions"], &["", "r", &second[1]]).await;
+    let left = on.leave("sessions", ["", "r", &second[1]]).await;
     assert_eq!(left[2..4], ["1", "1"], "it began at that very time");
     let field =
         async |name: &str| on.client.hget::<Option<String>, _, _>("sessions", name).await.expect("HGET answers");
     assert_eq!(field("#").await.as_ref(), Some(&left[1]));
     on.pass(1).await;
-    let left = on.alone("leave", &["sessions"], &["", "other", "9000000000000000"]).await;
+    let left = on.leave("sessions", ["", "other", "9000000000000000"]).await;
     assert_eq!(left[2..4], ["1", "0"], "of another replica");
-    let left = on.alone("leave", &["sessions"], &["", "r", &left[4]]).await;
+    let left = on.leave("sessions", ["", "r", &left[4]]).await;
     assert_eq!(left[2..4], ["0", "0"]);
     assert_eq!(field("t").await, None);
     assert!(on.server.pttl("sessions").await <= 90_000_000, "nobody is there: a day");
+    assert_eq!(on.alone("tell", &["told"], &["news", "channel", "600000"]).await, ["told"]);
     assert_eq!(on.alone("host", &["hosted"], &["7"]).await, ["hosted"]);
     assert_eq!(on.alone("unhost", &["hosted"], &["7", &left[4]]).await, ["unhosted", "1"], "began since");
     on.pass(1).await;
@@ -316,11 +326,32 @@ async fn microseconds_are_kept_whole() {
     on.alone("host", &["hosted"], &["7"]).await;
     let began: Option<f64> = on.client.zscore("hosted", "7").await.expect("ZSCORE answers");
     assert_eq!(began, Some(1_800_000_000_123_457.0));
-    assert_eq!(on.alone("enter", &["sessions"], &["s", "r"]).await, ["entered", "1800000000123457", "1800000000123"]);
+    assert_eq!(on.enter("sessions", "s").await, ["entered", "1800000000123457", "1800000000123", "0"]);
     let began: String = on.client.hget("sessions", "s").await.expect("HGET answers");
     assert_eq!(began, "r 1800000000123457");
-    let left = on.alone("leave", &["sessions"], &["s", "r", ""]).await;
+    let left = on.leave("sessions", ["s", "r", ""]).await;
     assert_eq!(left, ["left", "1800000000123458", "0", "0", "1800000000123457"]);
+}
+
+/// What was told is dropped when the last session ends that can have shown it, and by no leaving that ended nothing.
+#[tokio::test]
+async fn what_was_told_is_kept_until_the_last_session_ends() {
+    let on = Bench::new().await;
+    on.alone("tell", &["told"], &["news", "channel", "600000"]).await;
+    on.pass(20_000).await;
+    let kept = async || on.client.zcard::<u64, _>("told").await.expect("ZCARD answers");
+    for nobody in [["s", "r", ""], ["", "r", "9000000000000000"]] {
+        on.leave("sessions", nobody).await;
+        assert_eq!(kept().await, 1, "{nobody:?} has ended nothing");
+    }
+    for session in ["s", "t"] {
+        on.enter("sessions", session).await;
+    }
+    on.leave("sessions", ["s", "r", ""]).await;
+    assert_eq!(kept().await, 1, "another is open");
+    on.pass(1).await;
+    on.leave("sessions", ["", "r", "9000000000000000"]).await;
+    assert_eq!(kept().await, 0);
 }
 
 /// When everybody forgets an event, a user or the fleet, every key of theirs ends by itself.
@@ -335,7 +366,8 @@ async fn every_key_has_a_lifetime() {
     on.order("A", "7", "3", "completed").await;
     on.confirm("lock-2", "8", "").await;
     on.alone("visit", &["visited"], &["1"]).await;
-    on.alone("enter", &["sessions"], &["s", "r"]).await;
+    on.enter("sessions", "s").await;
+    on.alone("tell", &["told"], &["news", "channel", "600000"]).await;
     on.alone("host", &["hosted"], &["7"]).await;
     let fleet = ["leases", "reports", "events", "dead", "epoch"];
     on.alone("beat", &fleet, &["r", "5000", "1 2", "e"]).await;
@@ -617,7 +649,7 @@ async fn indexes_forget_in_time() {
     }
     let fields = async || on.client.hkeys::<Vec<String>, _>("visited").await.expect("HKEYS answers");
     assert_eq!(fields().await.len(), 1003);
-    on.alone("enter", &["visited"], &["s", "r"]).await;
+    on.enter("visited", "s").await;
     on.pass(1).await;
     for event in 1004..=1099 {
         on.alone("visit", &["visited"], &[&event.to_string()]).await;
@@ -625,7 +657,7 @@ async fn indexes_forget_in_time() {
     let left = fields().await;
     assert_eq!(left.len(), 1002, "the latest thousand, a session and the generation");
     assert!((1004..=1099).all(|event| left.contains(&format!("e:{event}"))) && left.contains(&"s".to_owned()));
-    assert_eq!(on.alone("leave", &["visited"], &["s", "r", ""]).await[2..4], ["0", "0"], "events are no sessions");
+    assert_eq!(on.leave("visited", ["s", "r", ""]).await[2..4], ["0", "0"], "events are no sessions");
 
     let beat = async |replica: &str, lease: &str, report: &str| {
         let keys = ["leases", "reports", "events", "dead", "epoch"];

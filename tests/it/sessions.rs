@@ -1,15 +1,16 @@
 //! Replicas die, or are only slow, and Redis forgets: sessions and their locks are looked after by whoever is left.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use fred::interfaces::{ClientLike, SortedSetsInterface};
 use seatlock::domain::{
-    Kept, LockId, LockOutcome, Memento, ReplicaId, ReplicaReport, RestoreOutcome, RestoreRequest, SessionId,
+    Instant, Kept, LockId, LockOutcome, Memento, OrderResult, Personal, ReplicaId, ReplicaReport, RestoreOutcome,
+    RestoreRequest, SessionId,
 };
-use seatlock::ledger::{ErrorKind, Footing, Ledger};
+use seatlock::ledger::{ErrorKind, Footing, Ledger, SILENT_MAX};
 
-use crate::support::ledger::{Stepped, TTL, event, live, request, stock, user};
+use crate::support::ledger::{Stepped, TTL, category, event, live, order_id, quantity, request, stock, user};
 use crate::support::redis::RedisServer;
 
 const GRACE: Duration = Duration::from_secs(15);
@@ -83,6 +84,40 @@ async fn a_dead_replicas_users_have_the_grace() {
     assert_eq!(pair.on.counts(event(1), 1).await, (9, 0, 0), "who does not come back has lost them");
 }
 
+/// A replica is cut off, and an order is reported meanwhile. Its session hears of that when it enters again, and a new one
+/// elsewhere at once, also when the cut-off replica tells late that its session has ended.
+#[tokio::test]
+async fn what_a_dead_replica_did_not_hear_is_kept() {
+    for returns in [true, false] {
+        let pair = Pair::start().await;
+        let order = |name: &str| Personal::Order {
+            result: OrderResult::Completed,
+            order: order_id(name),
+            order_is_number: true,
+            event: event(1),
+            category: category(1),
+            quantity: quantity(2),
+        };
+        pair.other.tell(user(7), &order("heard")).await.unwrap();
+        pair.on.step(SILENT_MAX - LEASE).await;
+        beat(pair.on.ledger.as_ref()).await;
+        beat(pair.other.as_ref()).await;
+        pair.die().await;
+        assert_eq!(pair.other.reap(GRACE).await.unwrap(), 1);
+        pair.other.tell(user(7), &order("missed")).await.unwrap();
+        pair.on.step(SILENT_MAX * 2).await;
+        let (ledger, session) = if returns {
+            (&pair.on.ledger, pair.session)
+        } else {
+            pair.on.ledger.leave(user(7), pair.session, GRACE).await.unwrap();
+            (&pair.other, SessionId::generate())
+        };
+        let presence = ledger.enter(user(7), session).await.unwrap();
+        let told: Vec<_> = presence.told.into_iter().map(|told| told.message).collect();
+        assert_eq!((told, presence.seen_until), (vec![order("missed")], Instant::from_ms(0)), "{returns}");
+    }
+}
+
 /// Several replicas reap at once: every user is seen to, once.
 #[tokio::test]
 async fn reaping_is_shared() {
@@ -154,7 +189,7 @@ async fn lost_data_is_noticed_and_locks_are_handed_back() {
     let () = client.flushall(false).await.unwrap();
 
     assert_eq!(beat(ledger.as_ref()).await, Footing::Doubtful);
-    let noticed = Instant::now();
+    let noticed = std::time::Instant::now();
     assert_eq!(beat(ledger.as_ref()).await, Footing::Firm, "said once");
     let refused = ledger.lock(&request(event(1), 1, 8, 2)).await.expect_err("others had locks before");
     assert_eq!((refused.kind(), refused.is_retryable()), (ErrorKind::Restoring, true));

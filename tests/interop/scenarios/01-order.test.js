@@ -117,3 +117,35 @@ for (const flow of ['create-order', 'create-order-with-lock']) {
     }
   });
 }
+
+scenario('order: a buyer who was between two connections is told of the sale, on each socket once', async (stage) => {
+  await stage.events({ events: [{ id: EVENT, categories: [{ id: GOLD, total: TOTAL }] }] });
+  const { a, b } = await stage.fleet();
+  const orders = await stage.orders(11);
+  const report = { orderId: 7001, userId: 7, eventId: EVENT, categoryId: GOLD, quantity: QUANTITY };
+  const buyer = await stage.client(a, 7, { name: 'buyer', reconnect: true });
+  const grant = await buyer.lock(EVENT, GOLD, QUANTITY);
+  assert.equal(await orders.send('confirm-ticket-lock', { lockId: grant.lockId, orderId: 7001 }), true);
+
+  // Away for a second at least.
+  buyer.socket.io.reconnectionDelayMax(2000);
+  buyer.socket.io.reconnectionDelay(2000);
+  const from = buyer.mark();
+  buyer.socket.io.engine.close();
+  await buyer.next('(disconnect)', { from });
+  assert.equal(await orders.send('order-completed', report), true);
+  assert.deepEqual(buyer.all('connected', { from }), [], 'still away');
+  await buyer.next('connected', { from });
+  assert.equal((await buyer.next('order-completed', { from })).orderId, 7001);
+
+  // A second report is none to a socket that has heard the first; what comes after it shows that it went by.
+  assert.equal(await orders.send('order-completed', report), true);
+  assert.equal(await orders.send('order-completed', { ...report, orderId: 7002 }), true);
+  await buyer.next('order-completed', { from, where: ({ orderId }) => orderId === 7002 });
+  assert.deepEqual(buyer.all('order-completed', { from }).map(({ orderId }) => orderId), [7001, 7002]);
+
+  // Another device, elsewhere, a moment later: as far as is known the first one may have vanished.
+  const phone = await stage.client(b, 7, { name: 'telephone' });
+  await phone.next('order-completed', { where: ({ orderId }) => orderId === 7002 });
+  assert.deepEqual(phone.all('order-completed').map(({ orderId }) => orderId), [7001, 7002]);
+});

@@ -1,7 +1,7 @@
 // One real socket.io-client, driven over stdin and stdout, one JSON object a line.
 //
 // Commands: {do: "connect", url, options} · {do: "emit", name, data, ack?} (the acknowledgement is reported under
-// `ack`) · {do: "transport"} · {do: "auth", auth} · {do: "disconnect"}. Reports: {connect} · {connect_error, active} ·
+// `ack`) · {do: "transport"} · {do: "auth", auth} · {do: "disconnect"} · {do: "drop"}. Reports: {connect} · {connect_error, active} ·
 // {disconnect, active} · {event, data} · {ack, data} · {transport}.
 import readline from "node:readline";
 
@@ -38,6 +38,9 @@ function obey(command) {
       return undefined;
     case "disconnect":
       return socket.disconnect();
+    case "drop":
+      // The connection ends and the client comes back by itself.
+      return socket.io.engine.close();
     default:
       throw new Error(`unknown command ${command.do}`);
   }
