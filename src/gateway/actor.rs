@@ -130,6 +130,9 @@ pub(super) struct Actor {
     /// The doubts that the entry under way began with, and the last ones that an entry has put to rest.
     doubt: u64,
     rested: u64,
+    /// The generation of the last entry, and how often the ledger had perhaps lost sessions when that began.
+    vouched: Option<(u64, u64)>,
+    losses: u64,
     /// What was told of orders up to then, other sessions have shown; `None` until an entry was tried.
     missed_from: Option<domain::Instant>,
     token: Token,
@@ -173,6 +176,8 @@ impl Actor {
             word,
             doubt: rested,
             rested,
+            vouched: None,
+            losses: 0,
             missed_from: None,
             shared,
             session,
@@ -335,11 +340,15 @@ impl Actor {
         }
     }
 
-    /// The presence generation of the session's start, once the ledger knows it.
-    pub const fn generation(&self) -> Option<u64> {
+    /// The presence generation of the session's last entry, as long as the ledger knows of that for all that is known here.
+    /// Messages that may have been missed are no reason to keep anybody waiting.
+    pub fn generation(&self) -> Option<u64> {
         match self.standing {
             Standing::In { generation, .. } => Some(generation),
-            Standing::Out { .. } | Standing::Entering(..) => None,
+            Standing::Out { .. } | Standing::Entering(..) => {
+                let (generation, losses) = self.vouched?;
+                (losses == self.word.borrow().losses).then_some(generation)
+            }
         }
     }
 
@@ -352,7 +361,7 @@ impl Actor {
             return;
         };
         let (shared, user, id) = (Arc::clone(&self.shared), self.session.user, self.session.id);
-        self.doubt = self.word.borrow().doubts;
+        (self.doubt, self.losses) = (self.word.borrow().doubts, self.word.borrow().losses);
         let (listen, doubted) = (self.listening.is_none(), self.doubt != self.rested);
         let task = tokio::spawn(async move {
             // The semaphore is never closed.
@@ -406,6 +415,7 @@ impl Actor {
             return;
         };
         self.standing = Standing::In { generation: presence.generation };
+        self.vouched = Some((presence.generation, self.losses));
         self.listening = listening.or(self.listening.take());
         self.rested = self.doubt;
         if self.doubts_itself() {

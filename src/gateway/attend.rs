@@ -215,6 +215,7 @@ impl Reading {
     fn take(&mut self, read: &io::Result<()>, bytes: &mut [u8]) -> ControlFlow<End> {
         match read {
             Err(_) => return ControlFlow::Break(End::Broken),
+            Ok(()) if bytes.is_empty() && self.pipe.is_dead() => return ControlFlow::Break(End::Broken),
             Ok(()) if bytes.is_empty() => return ControlFlow::Break(End::Closed),
             Ok(()) => {}
         }

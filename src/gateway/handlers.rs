@@ -187,7 +187,9 @@ impl Actor {
         request: Option<RequestId>,
     ) -> Granted {
         // A lock of a session that the ledger does not know could outlive it.
-        self.settle_until(self.deadline).await;
+        if self.generation().is_none() {
+            self.settle_until(self.deadline).await;
+        }
         let Some(generation) = self.generation() else { return Err(Refusal::new(Code::Unavailable)) };
         let (options, user, session) = (&self.shared.options, self.session.user, Some(self.session.id));
         let ttl = self.shared.hoard.life(user, options.lock_ttl, options.abandoner_ttl);

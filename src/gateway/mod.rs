@@ -213,6 +213,8 @@ struct Word {
     /// How often this replica had reason to doubt that it and the ledger know the same: the ledger may have lost the
     /// sessions that were entered into it, or messages to users may have been missed.
     doubts: u64,
+    /// How often it was for the first of both reasons.
+    losses: u64,
     drain: Drain,
 }
 
@@ -423,7 +425,10 @@ impl Gateway {
     /// The ledger may have lost what was entered into it: every session enters again, and what this replica remembers
     /// of its users' locks is handed back. Returns at once; goes on until the ledger has answered.
     pub fn reassure(&self) {
-        self.shared.doubt();
+        self.shared.tell_all(|word| {
+            word.doubts += 1;
+            word.losses += 1;
+        });
     }
 
     /// Learns how locks ended that nobody here heard of, until `stop`.

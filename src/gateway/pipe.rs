@@ -131,7 +131,10 @@ impl Pipe {
                     Ok(written) => written,
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock && urgency == Urgency::Owed => 0,
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Passed::Full,
-                    Err(_) => return Passed::Gone,
+                    Err(_) => {
+                        self.end(&mut state);
+                        return Passed::Gone;
+                    }
                 };
                 let rest = frames.get(written..).unwrap_or_default();
                 if !rest.is_empty() {
@@ -187,6 +190,11 @@ impl Pipe {
     /// Ends the connection.
     pub fn close(&self) {
         self.end(&mut lock(&self.state));
+    }
+
+    /// Whether it broke while something was written: who reads is told of an end, and not why.
+    pub fn is_dead(&self) -> bool {
+        lock(&self.state).stage == Stage::Dead
     }
 
     fn end(&self, state: &mut State) {
