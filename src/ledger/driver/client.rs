@@ -315,6 +315,52 @@ mod tests {
         assert!(!read.windows(4).any(|word| word == b"LATE"));
     }
 
+    /// One timer is for all questions; each has its own limit all the same, and an answer that comes later is nobody's.
+    #[tokio::test]
+    async fn each_question_has_its_own_limit() {
+        let limit = Duration::from_millis(200);
+        let mut stage = Stage::new(limit);
+        let mut connection = stage.connection().await;
+        let question = async |after: Duration, name: &str| {
+            tokio::time::sleep(after).await;
+            let asked = Instant::now();
+            (stage.client.ask(Command::new(name, &[])).await, asked.elapsed())
+        };
+        let (first, second, third) = tokio::join!(
+            question(Duration::ZERO, "FIRST"),
+            question(limit / 2, "SECOND"),
+            question(limit * 2, "THIRD"),
+        );
+        for (answer, took) in [first, second, third] {
+            assert_eq!(answer, Err(Failure::Late));
+            assert!(took >= limit && took < limit * 3, "{took:?}");
+        }
+        let (answer, ()) = tokio::join!(stage.client.ask(Command::new("FOURTH", &[])), async {
+            let mut read = Vec::new();
+            while !read.ends_with(b"FOURTH\r\n") {
+                connection.read_buf(&mut read).await.expect("an open connection");
+            }
+            connection.write_all(b"+1\r\n+2\r\n+3\r\n+4\r\n").await.expect("an open connection");
+        });
+        assert_eq!(answer, Ok(said("+4\r\n")));
+    }
+
+    /// Whoever asks in the same turn of the runtime shares a write with the others.
+    #[tokio::test]
+    async fn what_is_asked_together_is_sent_together() {
+        let mut stage = Stage::new(SOON);
+        let mut connection = stage.connection().await;
+        let questions = join_all((0..50).map(|_| stage.client.ask(Command::new("PING", &[]))));
+        let (answers, read) = tokio::join!(questions, async {
+            let mut read = vec![0; 4096];
+            let length = connection.read(&mut read).await.expect("an open connection");
+            connection.write_all("+PONG\r\n".repeat(50).as_bytes()).await.expect("an open connection");
+            length
+        });
+        assert_eq!(read, 50 * "*1\r\n$4\r\nPING\r\n".len());
+        assert!(answers.iter().all(|answer| *answer == Ok(said("+PONG\r\n"))), "{answers:?}");
+    }
+
     #[tokio::test]
     async fn an_answer_to_nothing_ends_the_connection() {
         let mut stage = Stage::new(SOON);
