@@ -11,7 +11,8 @@ use seatlock::domain::{
 use seatlock::ledger::{ChangeKind, FeedItem, Presence, SILENT_MAX, TOLD_KEPT, Topic};
 
 use crate::support::ledger::{
-    SETTLE, START_US, Stepped, TTL, WARNING, category, event, order_id, quantity, report, request, snapshot, user,
+    SETTLE, START_US, Stepped, TTL, WARNING, category, completed, event, order_id, quantity, report, request, snapshot,
+    user,
 };
 
 const MS: Duration = Duration::from_millis(1);
@@ -49,18 +50,6 @@ fn validate(user_id: u64, category_id: u64, n: u64) -> ValidateRequest {
         user: user(user_id),
         quantity: quantity(n),
         window: Duration::from_mins(1),
-    }
-}
-
-/// What a user is told of an order.
-fn told_of(order: &str) -> Personal {
-    Personal::Order {
-        result: OrderResult::Completed,
-        order: order_id(order),
-        order_is_number: true,
-        event: event(1),
-        category: category(1),
-        quantity: quantity(1),
     }
 }
 
@@ -459,8 +448,8 @@ on_both! {
         let enter = async |session| on.ledger.enter(user(7), session).await.unwrap();
         let mut feed = on.ledger.feed().expect("taken once");
         on.ledger.subscribe(Topic::User(user(7))).await.unwrap();
-        on.ledger.tell(user(7), &told_of("A")).await.unwrap();
-        let told = async { while feed.recv().await != Some(FeedItem::Personal(user(7), told_of("A"))) {} };
+        on.ledger.tell(user(7), &completed("A", 1)).await.unwrap();
+        let told = async { while feed.recv().await != Some(FeedItem::Personal(user(7), completed("A", 1))) {} };
         tokio::time::timeout(Duration::from_secs(5), told).await.expect("told at once, too");
         on.step(MS).await;
         let presence = enter(first).await;
@@ -476,19 +465,19 @@ on_both! {
 
         on.ledger.leave(user(7), second, GRACE).await.unwrap();
         on.step(SILENT_MAX - MS).await;
-        on.ledger.tell(user(7), &told_of("B")).await.unwrap();
+        on.ledger.tell(user(7), &completed("B", 1)).await.unwrap();
         on.ledger.leave(user(7), first, GRACE).await.unwrap();
-        on.ledger.tell(user(7), &told_of("C")).await.unwrap();
+        on.ledger.tell(user(7), &completed("C", 1)).await.unwrap();
         on.step(SILENT_MAX).await;
         on.ledger.leave(user(7), first, GRACE).await.unwrap();
         let presence = enter(third).await;
         assert_eq!(names(&presence), ["B", "C"], "A was shown; a repeat says nothing of the others");
         for order in ["C", "B"] {
-            on.ledger.tell(user(7), &told_of(order)).await.unwrap();
+            on.ledger.tell(user(7), &completed(order, 1)).await.unwrap();
         }
         assert_eq!(names(&enter(first).await), ["B", "C"], "in one millisecond their texts decide");
         on.step(MS).await;
-        on.ledger.tell(user(7), &told_of("B")).await.unwrap();
+        on.ledger.tell(user(7), &completed("B", 1)).await.unwrap();
         assert_eq!(names(&enter(first).await), ["C", "B"], "once, where it was told last");
         on.step(TOLD_KEPT).await;
         on.ledger.sweep().await.unwrap();
@@ -499,7 +488,7 @@ on_both! {
 
         let all: Vec<String> = (100..120).map(|order| order.to_string()).collect();
         for order in &all {
-            on.ledger.tell(user(9), &told_of(order)).await.unwrap();
+            on.ledger.tell(user(9), &completed(order, 1)).await.unwrap();
         }
         let latest = on.ledger.enter(user(9), first).await.unwrap();
         assert_eq!(names(&latest), all[4..], "the latest sixteen");

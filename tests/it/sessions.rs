@@ -5,12 +5,11 @@ use std::time::Duration;
 
 use fred::interfaces::{ClientLike, SortedSetsInterface};
 use seatlock::domain::{
-    Instant, Kept, LockId, LockOutcome, Memento, OrderResult, Personal, ReplicaId, ReplicaReport, RestoreOutcome,
-    RestoreRequest, SessionId,
+    Instant, Kept, LockId, LockOutcome, Memento, ReplicaId, ReplicaReport, RestoreOutcome, RestoreRequest, SessionId,
 };
 use seatlock::ledger::{ErrorKind, Footing, Ledger, SILENT_MAX};
 
-use crate::support::ledger::{Stepped, TTL, category, event, live, order_id, quantity, request, stock, user};
+use crate::support::ledger::{Stepped, TTL, completed, event, live, request, stock, user};
 use crate::support::redis::RedisServer;
 
 const GRACE: Duration = Duration::from_secs(15);
@@ -90,21 +89,13 @@ async fn a_dead_replicas_users_have_the_grace() {
 async fn what_a_dead_replica_did_not_hear_is_kept() {
     for returns in [true, false] {
         let pair = Pair::start().await;
-        let order = |name: &str| Personal::Order {
-            result: OrderResult::Completed,
-            order: order_id(name),
-            order_is_number: true,
-            event: event(1),
-            category: category(1),
-            quantity: quantity(2),
-        };
-        pair.other.tell(user(7), &order("heard")).await.unwrap();
+        pair.other.tell(user(7), &completed("heard", 2)).await.unwrap();
         pair.on.step(SILENT_MAX - LEASE).await;
         beat(pair.on.ledger.as_ref()).await;
         beat(pair.other.as_ref()).await;
         pair.die().await;
         assert_eq!(pair.other.reap(GRACE).await.unwrap(), 1);
-        pair.other.tell(user(7), &order("missed")).await.unwrap();
+        pair.other.tell(user(7), &completed("missed", 2)).await.unwrap();
         pair.on.step(SILENT_MAX * 2).await;
         let (ledger, session) = if returns {
             (&pair.on.ledger, pair.session)
@@ -114,7 +105,7 @@ async fn what_a_dead_replica_did_not_hear_is_kept() {
         };
         let presence = ledger.enter(user(7), session).await.unwrap();
         let told: Vec<_> = presence.told.into_iter().map(|told| told.message).collect();
-        assert_eq!((told, presence.seen_until), (vec![order("missed")], Instant::from_ms(0)), "{returns}");
+        assert_eq!((told, presence.seen_until), (vec![completed("missed", 2)], Instant::from_ms(0)), "{returns}");
     }
 }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use fred::interfaces::{KeysInterface as _, SortedSetsInterface as _};
-use seatlock::domain::{OrderResult, Personal};
+use seatlock::domain::Personal;
 use seatlock::gateway::GatewayOptions;
 use seatlock::ledger::{FeedItem, Ledger, Topic};
 use serde_json::json;
@@ -13,24 +13,13 @@ use tokio::time::{Instant, timeout};
 
 use super::eventually;
 use crate::support::gateway::{Browser, Got, PATIENCE, Raw, lock, options, redis_ledger, replica, replica_on, token};
-use crate::support::ledger::{category, event, order_id, quantity, user};
+use crate::support::ledger::{completed, user};
 use crate::support::node::Node;
 use crate::support::proxy::{Path, Proxy};
 use crate::support::redis::RedisServer;
 
 /// Long enough for whatever would be told once too often.
 const A_WHILE: Duration = Duration::from_millis(500);
-
-fn completed(order: &str) -> Personal {
-    Personal::Order {
-        result: OrderResult::Completed,
-        order: order_id(order),
-        order_is_number: true,
-        event: event(1),
-        category: category(1),
-        quantity: quantity(2),
-    }
-}
 
 /// The names of what comes for a while.
 async fn names(client: &mut Raw) -> Vec<String> {
@@ -74,7 +63,7 @@ async fn an_order_reported_during_a_cut_is_told_when_the_path_is_back() {
             // Longer than a subscription may be silent.
             tokio::time::sleep(Duration::from_secs(3)).await;
         }
-        on.elsewhere.tell(user(1), &completed(&order.to_string())).await.expect("told");
+        on.elsewhere.tell(user(1), &completed(&order.to_string(), 2)).await.expect("told");
         on.path.set(Path::Open);
         let back = Instant::now();
         for tab in &mut tabs {
@@ -103,8 +92,8 @@ async fn who_was_between_two_connections_is_told_of_orders() {
     };
     one.client(1).await.leave().await;
     eventually("nobody is there", async || here(0).await).await;
-    one.ledger.tell(user(1), &completed("1")).await.expect("told");
-    one.ledger.tell(user(1), &completed("2")).await.expect("told");
+    one.ledger.tell(user(1), &completed("1", 2)).await.expect("told");
+    one.ledger.tell(user(1), &completed("2", 2)).await.expect("told");
     let mut back = two.client(1).await;
     for order in [1, 2] {
         assert_eq!(back.expect("order-completed").await["orderId"], order);
@@ -134,7 +123,7 @@ async fn who_was_between_two_connections_is_told_of_orders() {
 async fn a_session_that_only_seems_open_has_shown_nothing() {
     let replica = replica(options()).await;
     let vanished = replica.client(1).await;
-    replica.ledger.tell(user(1), &completed("1")).await.expect("told");
+    replica.ledger.tell(user(1), &completed("1", 2)).await.expect("told");
     let mut back = replica.client(1).await;
     assert_eq!(back.expect("order-completed").await["orderId"], 1);
     drop(vanished);
@@ -154,7 +143,7 @@ async fn the_real_client_is_told_after_it_has_come_back() {
         browser.event("connected").await;
         browser.order(&json!({ "do": "drop" })).await;
         browser.report("disconnect").await;
-        replica.ledger.tell(user(id), &completed("7")).await.expect("told");
+        replica.ledger.tell(user(id), &completed("7", 2)).await.expect("told");
         browser.report("connect").await;
         assert_eq!(browser.event("order-completed").await["orderId"], 7, "{transport}");
     }
@@ -166,10 +155,10 @@ async fn a_socket_that_heard_is_not_told_again() {
     let server = RedisServer::start().await;
     let replica = replica_on(redis_ledger(server.url(), Duration::from_secs(5)), options()).await;
     let mut client = replica.client(1).await;
-    replica.ledger.tell(user(1), &completed("1")).await.expect("told");
+    replica.ledger.tell(user(1), &completed("1", 2)).await.expect("told");
     assert_eq!(client.expect("order-completed").await["orderId"], 1);
     replica.gateway.reassure();
-    replica.ledger.tell(user(1), &completed("1")).await.expect("told");
+    replica.ledger.tell(user(1), &completed("1", 2)).await.expect("told");
     assert_eq!(names(&mut client).await, Vec::<String>::new());
 }
 

@@ -9,7 +9,7 @@ use fred::clients::Client;
 use fred::interfaces::{ClientLike, ListInterface};
 use seatlock::domain::{
     CategoryId, CategoryStock, EventId, LockId, LockOutcome, LockRequest, Now, OrderId, OrderReport, OrderResult,
-    Quantity, ReplicaId, Snapshot, UserId,
+    Personal, Quantity, ReplicaId, Snapshot, UserId,
 };
 use seatlock::ledger::{Ledger, LedgerOptions, MemoryLedger, RedisClock, RedisLedger, RedisOptions};
 
@@ -162,6 +162,18 @@ pub fn quantity(n: u64) -> Quantity {
 
 pub fn order_id(text: &str) -> OrderId {
     text.parse().expect("an order id")
+}
+
+/// What a user is told of an order of `n` tickets.
+pub fn completed(order: &str, n: u64) -> Personal {
+    Personal::Order {
+        result: OrderResult::Completed,
+        order: order_id(order),
+        order_is_number: true,
+        event: event(1),
+        category: category(1),
+        quantity: quantity(n),
+    }
 }
 
 pub fn snapshot(categories: &[(u64, u64, u64)]) -> Snapshot {
