@@ -95,7 +95,7 @@ enum Standing {
     /// Asked; no answer yet.
     Entering(JoinHandle<Entered>, Duration),
     /// The ledger knows the session.
-    In { generation: u64 },
+    In,
 }
 
 /// The user's messages arrive, if they did not before; the ledger knows the session.
@@ -276,9 +276,7 @@ impl Actor {
                 return true;
             }
         }
-        if let Standing::In { .. } = self.standing
-            && self.doubts_itself()
-        {
+        if matches!(self.standing, Standing::In) && self.doubts_itself() {
             self.standing = Standing::Out { at: Instant::now(), pause: ENTER_RETRY };
         }
         false
@@ -298,7 +296,7 @@ impl Actor {
         };
         match self.standing {
             Standing::Out { at, .. } => at.min(own),
-            Standing::Entering(..) | Standing::In { .. } => own,
+            Standing::Entering(..) | Standing::In => own,
         }
     }
 
@@ -343,13 +341,9 @@ impl Actor {
     /// The presence generation of the session's last entry, as long as the ledger knows of that for all that is known here.
     /// Messages that may have been missed are no reason to keep anybody waiting.
     pub fn generation(&self) -> Option<u64> {
-        match self.standing {
-            Standing::In { generation, .. } => Some(generation),
-            Standing::Out { .. } | Standing::Entering(..) => {
-                let (generation, losses) = self.vouched?;
-                (losses == self.word.borrow().losses).then_some(generation)
-            }
-        }
+        let (generation, losses) = self.vouched?;
+        let stands = matches!(self.standing, Standing::In) || losses == self.word.borrow().losses;
+        stands.then_some(generation)
     }
 
     /// Tells the ledger that the session is here, and the client what it has. The first time it waits for half as long as
@@ -361,7 +355,8 @@ impl Actor {
             return;
         };
         let (shared, user, id) = (Arc::clone(&self.shared), self.session.user, self.session.id);
-        (self.doubt, self.losses) = (self.word.borrow().doubts, self.word.borrow().losses);
+        let word = *self.word.borrow();
+        (self.doubt, self.losses) = (word.doubts, word.losses);
         let (listen, doubted) = (self.listening.is_none(), self.doubt != self.rested);
         let task = tokio::spawn(async move {
             // The semaphore is never closed.
@@ -399,7 +394,7 @@ impl Actor {
                 }
                 Err(_) => None,
             },
-            Standing::Out { .. } | Standing::In { .. } => std::future::pending().await,
+            Standing::Out { .. } | Standing::In => std::future::pending().await,
         }
     }
 
@@ -407,14 +402,14 @@ impl Actor {
         let Some((listening, presence)) = entered else {
             let pause = match self.standing {
                 Standing::Entering(_, pause) => pause,
-                Standing::Out { .. } | Standing::In { .. } => ENTER_RETRY,
+                Standing::Out { .. } | Standing::In => ENTER_RETRY,
             };
             self.standing = Standing::Out { at: Instant::now() + pause, pause: (pause * 2).min(ENTER_RETRY_MAX) };
             // Only the answer may be lost: what the ledger says next takes this session for one that has shown all.
             self.missed_from.get_or_insert(domain::Instant::from_ms(0));
             return;
         };
-        self.standing = Standing::In { generation: presence.generation };
+        self.standing = Standing::In;
         self.vouched = Some((presence.generation, self.losses));
         self.listening = listening.or(self.listening.take());
         self.rested = self.doubt;
@@ -531,7 +526,7 @@ impl Actor {
                     task.abort();
                 }
             }
-            Standing::Out { .. } | Standing::In { .. } => {}
+            Standing::Out { .. } | Standing::In => {}
         }
         let drains = self.shared.draining.is_cancelled();
         let options = &self.shared.options;

@@ -130,7 +130,7 @@ impl Measure {
     }
 
     /// Whether the last reply is complete and the next one has not begun.
-    pub(super) fn is_between(&self) -> bool {
+    fn is_between(&self) -> bool {
         self.depth == 0 && matches!(self.place, Place::Type)
     }
 
