@@ -17,9 +17,11 @@
 --                            -                 -> "member deadline_ms ...": locks whose end is not in `ended` and in the
 --                                                 line above yet
 
+-- Now, in microseconds and in milliseconds, as texts; as a number it is mostly wanted in milliseconds.
 local clock = redis.call('TIME')
-local now_us = clock[1] * 1000000 + clock[2]
-local now = math.floor(now_us / 1000)
+local now_us = clock[1] .. string.sub('00000' .. clock[2], -6)
+local now_text = string.sub(now_us, 1, -4)
+local now = tonumber(now_text)
 
 -- An event's keys live this long: longer than any lock (24 h at most) and its answers (10 min more). Locks give what all of
 -- them write to its lifetime anew when it was given so long ago: that leaves 40 min to spare.
@@ -41,8 +43,6 @@ local ENDS_MAX = 131072
 local function int(number)
   return string.format('%d', number)
 end
-
-local now_text = int(now)
 
 local function keep(key)
   redis.call('PEXPIRE', key, KEEP_MS)
@@ -68,8 +68,10 @@ end
 -- microseconds, or the one after the last: it rises even when Redis goes on from an older copy of its data.
 -- `changes` is "" or " kind:quantity:user ...". On a cluster the line with ARGV[1] is made to say SPUBLISH.
 local function save(row, changes)
-  row.version = math.max(row.version + 1, now_us)
-  local text = string.format('%s %s %s %d %d %d', row.stock, row.total, row.open, row.active, row.settling, row.version)
+  local last = row.version
+  -- Of texts of one length the lesser number is the lesser text.
+  row.version = #last == #now_us and last < now_us and now_us or int(math.max(last + 1, tonumber(now_us)))
+  local text = row.stock .. ' ' .. row.total .. ' ' .. row.open .. ' ' .. row.active .. ' ' .. row.settling .. ' ' .. row.version
   redis.call('HSET', KEYS[1], row.category, text)
   redis.call('PUBLISH', ARGV[1], row.category .. ' ' .. text .. ' ' .. now_text .. changes)
 end
@@ -128,8 +130,8 @@ local function write_lock(row, created, full, generation, state, session, locks,
   local lock, user, category, quantity = ARGV[2], ARGV[3], ARGV[4], ARGV[5]
   redis.call('ZADD', KEYS[2], full, member_of(lock, category, quantity, user))
   local held = lock .. ' ' .. quantity .. ' ' .. created .. ' ' .. full .. ' ' .. generation .. ' ' .. state
-  redis.call('HSET', KEYS[6], user .. ':' .. category, held, user, string.format('%d %d', locks + 1, tickets + quantity))
-  redis.call('HSET', KEYS[7], 'u', user, 'c', category, 'q', quantity, 't', created, 'v', int(row.version), 's', session)
+  redis.call('HSET', KEYS[6], user .. ':' .. category, held, user, locks + 1 .. ' ' .. tickets + quantity)
+  redis.call('HSET', KEYS[7], 'u', user, 'c', category, 'q', quantity, 't', created, 'v', row.version, 's', session)
   if locks == '0' then redis.call('HINCRBY', KEYS[1], '#users', '1') end
   keep(KEYS[7])
   local is_old = not kept or math.abs(now - kept) >= RENEW_MS
@@ -280,7 +282,7 @@ end
 -- Draws a number for a question to the events-service or for a sale: higher than every one before, also than those that
 -- were drawn before Redis lost them.
 local function draw()
-  local number = math.max(tonumber(redis.call('HGET', KEYS[1], 'counter') or 0) + 1, now_us)
+  local number = math.max(tonumber(redis.call('HGET', KEYS[1], 'counter') or 0) + 1, tonumber(now_us))
   redis.call('HSET', KEYS[1], 'counter', int(number))
   return number
 end

@@ -44,7 +44,7 @@ for _, category in ipairs(categories) do
   local news, row = told[category], load(category)
   local out = settled[category] or 0
   if not row or out > 0 or row.total ~= news.total or row.stock ~= news.stock or row.open ~= news.open then
-    row = row or { category = category, active = 0, settling = 0, version = 0 }
+    row = row or { category = category, active = 0, settling = 0, version = '0' }
     row.total, row.stock, row.open = news.total, news.stock, news.open
     row.settling = math.max(0, row.settling - out)
     save(row, '')

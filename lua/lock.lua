@@ -26,8 +26,8 @@
 -- ARGV[13] repeatable text    "1" when KEYS[8] is a request's
 --
 -- RETURNS one of
---   {"granted", lock, deadline_ms, available, version, now_ms}
---   {"granted_before", lock, deadline_ms, available, version, now_ms}   this request's lock; nothing changed
+--   {"granted", "deadline_ms available version now_ms"}
+--   {"granted_before", "deadline_ms available version now_ms", lock}   this request's lock; nothing changed
 --   {"request_ended", lock}          this request's lock has ended; nothing changed
 --   {"request_mismatch"}             the request id was used for something else; nothing changed
 --   {"stock_unknown"}                no snapshot young enough; nothing changed
@@ -50,19 +50,21 @@ if ARGV[13] == '1' then
     if not row or not held or held.lock ~= lock or not held.active then return {'request_ended', lock} end
     -- A write, so that waiting for Redis replicas after a repeat waits for the grant too.
     keep(KEYS[1])
-    return {'granted_before', lock, held.deadline, available(row), tonumber(version), now}
+    return {'granted_before', int(held.deadline) .. ' ' .. int(available(row)) .. ' ' .. version .. ' ' .. now_text, lock}
   end
 end
 
 local stored = redis.call('HGET', KEYS[1], 'stored_ms')
 if not stored or stored + ARGV[7] < now then return {'stock_unknown'} end
 
-local interval = tonumber(ARGV[9])
+local interval, tried = tonumber(ARGV[9]), tonumber(now_us)
 if interval > 0 then
-  local arrival = math.max(tonumber(redis.call('GET', KEYS[9]) or 0), now_us) + interval
-  local early = arrival - now_us - interval * ARGV[10]
+  local arrival = math.max(tonumber(redis.call('GET', KEYS[9]) or 0), tried) + interval
+  local ahead_max = interval * ARGV[10]
+  local early = arrival - tried - ahead_max
   if early > 0 then return {'rate_limited', early} end
-  redis.call('SET', KEYS[9], int(arrival), 'PX', int(math.ceil((arrival - now_us) / 1000)))
+  -- For as long as it could limit anybody: a key that ends with each try is more work than one that is written anew.
+  redis.call('SET', KEYS[9], int(arrival), 'PX', int(math.ceil(ahead_max / 1000)))
 end
 
 if not row then return {'category_not_found'} end
@@ -85,12 +87,12 @@ if free < quantity then
   return {'insufficient', free}
 end
 
-local deadline = now + ARGV[6]
+local deadline = int(now + ARGV[6])
 row.active = row.active + quantity
 save(row, ' locked:' .. ARGV[5] .. ':' .. user)
-write_lock(row, now_text, int(deadline), ARGV[12], 'attended', ARGV[11], locks, tickets, kept)
+write_lock(row, now_text, deadline, ARGV[12], 'attended', ARGV[11], locks, tickets, kept)
 if ARGV[13] == '1' then
-  redis.call('SET', KEYS[8], ARGV[2] .. ' ' .. category .. ' ' .. ARGV[5] .. ' ' .. int(row.version), 'PX',
+  redis.call('SET', KEYS[8], ARGV[2] .. ' ' .. category .. ' ' .. ARGV[5] .. ' ' .. row.version, 'PX',
     int(ARGV[6] + TOMBSTONE_MS))
 end
-return {'granted', ARGV[2], deadline, free - quantity, row.version, now}
+return {'granted', deadline .. ' ' .. int(free - quantity) .. ' ' .. row.version .. ' ' .. now_text}

@@ -14,8 +14,10 @@
 -- ARGV[5] session    text    the owner's socket that has its own answer; "" when none
 --
 -- RETURNS one of
---   {"released", user, category, quantity, created_ms, deadline_ms, session, order, held_ms}   held_ms: how long it was active, -1 when it had been confirmed
---   {"already_released", user, category, quantity, created_ms, deadline_ms, session, order}   by the same releaser; nothing changed
+--   {"released", "user category quantity created_ms deadline_ms held_ms", session, order}   held_ms: how long it was active,
+--                                      -1 when it had been confirmed
+--   {"already_released", "user category quantity created_ms deadline_ms -1", session, order}   by the same releaser; nothing
+--                                      changed
 --   {"released_by_other"} {"confirmed"} {"wrong_user"} {"expired"} {"not_found"}        nothing changed
 --
 -- COST O(log n) in active locks of the event; 5 reads, 7 writes, 2 publishes.
@@ -26,7 +28,8 @@ local user, category, quantity, created, session, status =
 if not user then return {'not_found'} end
 if ARGV[4] ~= '' and ARGV[4] ~= user then return {'wrong_user'} end
 local member = member_of(ARGV[2], category, quantity, user)
-local deadline, order, held = nil, '', -1
+local facts = user .. ' ' .. category .. ' ' .. quantity .. ' ' .. created .. ' '
+local deadline, order, held = nil, '', '-1'
 local row = load(category)
 
 if status then
@@ -34,7 +37,7 @@ if status then
   deadline, order = ended[1], ended[2] or ''
   if status == 'released' then
     if ended[3] ~= ARGV[3] then return {'released_by_other'} end
-    return {'already_released', user, category, quantity, created, deadline, session, order}
+    return {'already_released', facts .. deadline .. ' ' .. held, session, order}
   end
   if ARGV[3] == 'owner' or not redis.call('ZSCORE', KEYS[4], member) then return {'confirmed'} end
   redis.call('ZREM', KEYS[4], member)
@@ -56,4 +59,4 @@ redis.call('PEXPIRE', KEYS[7], TOMBSTONE_MS)
 -- The counts have the lifetime that the lock gave them, unless they were lost since.
 if row then save(row, ' released:' .. quantity .. ':' .. user) else keep(KEYS[1]) end
 tell(user, 'released ' .. ARGV[2] .. ' ' .. category .. ' ' .. quantity .. ' released ' .. (ARGV[5] == '' and '-' or ARGV[5]))
-return {'released', user, category, quantity, created, deadline, session, order, held}
+return {'released', facts .. deadline .. ' ' .. held, session, order}

@@ -51,7 +51,7 @@ if state == 'confirmed' then
   settle(id, category, quantity, user, ARGV[12], ARGV[13])
   hold(user, 0, quantity)
   redis.call('HINCRBY', KEYS[1], '#confirmed', '1')
-  redis.call('HSET', KEYS[7], 'u', user, 'c', category, 'q', ARGV[5], 't', ARGV[6], 'v', int(row.version), 's', ARGV[9],
+  redis.call('HSET', KEYS[7], 'u', user, 'c', category, 'q', ARGV[5], 't', ARGV[6], 'v', row.version, 's', ARGV[9],
     'status', 'confirmed', 'order', ARGV[12], 'deadline_ms', ARGV[7])
   redis.call('PEXPIRE', KEYS[7], CONFIRMED_MS)
   keep(KEYS[1])
@@ -69,7 +69,7 @@ local sums, kept = unpack(redis.call('HMGET', KEYS[6], user, 'kept_ms'))
 local locks, tickets = sums_of(sums)
 write_lock(row, ARGV[6], ARGV[7], ARGV[10], state, ARGV[9], locks, tickets, kept)
 if ARGV[14] == '1' then
-  redis.call('SET', KEYS[8], id .. ' ' .. category .. ' ' .. ARGV[5] .. ' ' .. int(row.version), 'PX',
+  redis.call('SET', KEYS[8], id .. ' ' .. category .. ' ' .. ARGV[5] .. ' ' .. row.version, 'PX',
     int(deadline - now + TOMBSTONE_MS))
 end
 return {'restored'}

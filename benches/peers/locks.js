@@ -70,15 +70,16 @@ async function lock(user, session, { eventId, categoryId, quantity }) {
       process.env.INTERVAL_US, process.env.BURST, session, 1, ''),
   ]);
   if (said[0] !== 'granted') return { success: false, code: said[0], message: said[0], eventId, categoryId };
+  const [deadline, available, , now] = said[1].split(' ').map(Number);
   return {
     success: true,
-    lockId: said[1],
-    expiresAt: new Date(Number(said[2])).toISOString(),
-    availableTickets: Number(said[3]),
+    lockId: id,
+    expiresAt: new Date(deadline).toISOString(),
+    availableTickets: available,
     eventId,
     categoryId,
     quantity,
-    serverTime: new Date(Number(said[5])).toISOString(),
+    serverTime: new Date(now).toISOString(),
   };
 }
 

@@ -98,6 +98,11 @@ impl Hoard {
         }
     }
 
+    /// Its owner gave a lock back.
+    pub fn given_back(&self, id: LockId) {
+        self.ended(id, Ending::Released);
+    }
+
     fn ended(&self, id: LockId, ending: Ending) {
         let mut state = lock(&self.state);
         let Some((user, _)) = state.pending.remove(&id) else { return };

@@ -17,6 +17,7 @@ use super::wire;
 use super::{Shared, lock};
 use crate::domain::{Availability, CategoryId, ChangeKind, EventId, Personal, SessionId, UserId};
 use crate::fanout::{Audience, News, Telling};
+use crate::ledger::Ledger;
 use crate::metrics;
 
 /// How often sockets that do not read as fast as they are told are tried again, with the latest counts.
@@ -95,14 +96,15 @@ pub fn update(counts: &Availability) -> Packet {
 
 impl Rooms {
     /// A socket is here.
-    pub fn enter(&self, session: &Arc<Session>) {
+    pub fn enter(&self, session: &Arc<Session>, ledger: &dyn Ledger) {
         let mut state = lock(&self.state);
         state.users.entry(session.user).or_default().insert(session.id, Arc::clone(session));
         state.sids.insert(session.sid.clone(), Arc::clone(session));
+        ledger.alone(session.user, state.only_session(session.user));
     }
 
     /// A socket is gone, from every room. True when it was here; a repeat changes nothing.
-    pub fn leave(&self, session: &Session) -> bool {
+    pub fn leave(&self, session: &Session, ledger: &dyn Ledger) -> bool {
         let mut state = lock(&self.state);
         let mut was_here = false;
         if let Some(sessions) = state.users.get_mut(&session.user) {
@@ -111,6 +113,7 @@ impl Rooms {
                 state.users.remove(&session.user);
             }
         }
+        ledger.alone(session.user, state.only_session(session.user));
         if state.sids.get(&session.sid).is_some_and(|known| known.id == session.id) {
             state.sids.remove(&session.sid);
         }
@@ -196,6 +199,12 @@ impl Rooms {
 }
 
 impl State {
+    /// The session of a user who has one here.
+    fn only_session(&self, user: UserId) -> Option<SessionId> {
+        let sessions = self.users.get(&user).filter(|sessions| sessions.len() == 1)?;
+        sessions.keys().next().copied()
+    }
+
     fn take_turn(&mut self) -> u64 {
         self.turn += 1;
         self.turn
@@ -270,12 +279,13 @@ impl Shared {
         self.keep.heard(user, message);
         self.hoard.heard(message);
         let sessions = self.rooms.of_user(user);
-        if sessions.is_empty() {
+        let mut others = sessions.iter().filter(|session| Some(session.id) != author).peekable();
+        if others.peek().is_none() {
             return;
         }
         let Some((name, data)) = wire::personal(message) else { return };
-        for session in sessions {
-            if Some(session.id) != author && session.heard.is_news(message) {
+        for session in others {
+            if session.heard.is_news(message) {
                 session.deliver(name, &data);
             }
         }

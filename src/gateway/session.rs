@@ -531,7 +531,7 @@ impl Shared {
             }
         });
         self.keep.begin(session.user);
-        self.rooms.enter(&session);
+        self.rooms.enter(&session, self.ledger.as_ref());
     }
 
     /// A message has come: it waits for its turn, or is refused because too many do. False when that was one too many: the
@@ -600,7 +600,7 @@ impl Shared {
 
     /// The session is over: its place is free, nothing more is sent to it, its actor ends. A repeat changes nothing.
     pub(super) fn forget(&self, session: &Session) {
-        if self.rooms.leave(session) {
+        if self.rooms.leave(session, self.ledger.as_ref()) {
             self.keep.forget(session.user);
         }
         lock(&session.seat).take();

@@ -32,7 +32,7 @@ use self::command::Command;
 use self::connection::Failure;
 use self::link::Link;
 pub(super) use self::reply::{List, Reply, Value};
-use super::call::{Call, ClosedCall};
+use super::call::Call;
 use super::redis::{RedisClock, RedisSettingError};
 use super::reply::unexpected;
 use super::script::{Script, SteppedScripts};
@@ -66,7 +66,12 @@ pub(super) struct DriverOptions {
     pub clock: RedisClock,
     /// This replica's own channel.
     pub probe: String,
+    /// Whether a channel's message says nothing that is not known here: it is not delivered. It must not wait.
+    pub is_known: IsKnown,
 }
+
+/// See [`DriverOptions::is_known`]: takes the channel and the text.
+type IsKnown = Box<dyn Fn(&str, &str) -> bool + Send + Sync>;
 
 /// Commands, scripts and subscriptions, each on the server that it belongs to.
 pub(super) struct Driver {
@@ -75,6 +80,7 @@ pub(super) struct Driver {
     /// The scripts' texts on [`RedisClock::Stepped`].
     stepped: Option<SteppedScripts>,
     probe: String,
+    is_known: IsKnown,
     /// Whether this is a cluster: changes go by sharded pub/sub there.
     clustered: bool,
     /// Which server has which key. Changes on a cluster only.
@@ -139,6 +145,7 @@ impl Driver {
             timeout: options.timeout,
             stepped,
             probe: options.probe,
+            is_known: options.is_known,
             clustered: matches!(address.place, Place::Cluster(_)),
             route: watch::Sender::new(Arc::default()),
             doubt: Notify::new(),
@@ -162,11 +169,10 @@ impl Driver {
 
     /// Runs a script by its SHA; sends its text when Redis does not have it.
     pub(super) async fn eval(&self, script: &'static Script, call: Call) -> Result<Reply, LedgerError> {
-        let (keys, args) = call.count();
-        debug_assert!(script.keys.admits(keys), "{}: {keys} keys", script.name);
-        debug_assert!(script.args.admits(args), "{}: {args} arguments", script.name);
         let started = Instant::now();
         let call = &call.close();
+        debug_assert!(script.keys.admits(call.keys), "{}: {} keys", script.name, call.keys);
+        debug_assert!(script.args.admits(call.args), "{}: {} arguments", script.name, call.args);
         let span = telemetry::script(script.name);
         let (text, sha) = match &self.stepped {
             Some(stepped) => stepped.named(script),
@@ -175,9 +181,9 @@ impl Driver {
         };
         let answer = self
             .call(script.name, call.first_key(), |link| async move {
-                match link.commands.ask(evaluation("EVALSHA", sha, call)).await {
+                match link.commands.ask(Command::script("EVALSHA", sha, call)).await {
                     Err(Failure::Refused(words)) if words.starts_with("NOSCRIPT") => {
-                        link.commands.ask(evaluation("EVAL", text, call)).await
+                        link.commands.ask(Command::script("EVAL", text, call)).await
                     }
                     answer => answer,
                 }
@@ -352,13 +358,6 @@ impl Driver {
     fn is_sharded(&self, channel: &str) -> bool {
         self.clustered && key::is_event_channel(channel)
     }
-}
-
-/// A call of a script, by its SHA or its text.
-fn evaluation(name: &str, script: &str, call: &ClosedCall) -> Command {
-    let (keys, args) = call.count();
-    let command = Command::with_capacity(keys + args + 3, call.len() + script.len() + 16);
-    call.words().fold(command.word(name).word(script).number(keys), Command::word)
 }
 
 /// A reply that is a list of texts.

@@ -30,7 +30,7 @@ pub fn replies(data: &[u8]) {
     for script in Script::ALL {
         let Ok(parts) = parts(script) else { return };
         match script.name {
-            "lock" => drop(reply::lock(parts)),
+            "lock" => drop(reply::lock(parts, id)),
             "restore" => drop(reply::restore(&parts)),
             "validate" => drop(reply::validate(parts)),
             "confirm" => drop(reply::confirm(parts)),

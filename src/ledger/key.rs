@@ -5,15 +5,10 @@
 
 use std::fmt::{self, Display, Formatter, from_fn};
 
-use crate::domain::{EventId, LockId, OrderId, RequestId, UserId};
+use crate::domain::{EventId, LockId, RequestId, UserId};
 
 /// The keys that every script of an event takes, in the order of the scripts' `KEYS`.
 pub(super) const OF_EVENT: [&str; 6] = ["counts", "deadlines", "ended", "settling", "sold", "holders"];
-
-/// What all keys and the channel of an event begin with.
-pub(super) fn tag(event: EventId) -> impl Display {
-    from_fn(move |f| write_tag(f, event))
-}
 
 // Piece by piece, which takes half as long as a format of formats.
 fn write_tag(f: &mut Formatter<'_>, event: EventId) -> fmt::Result {
@@ -34,34 +29,22 @@ pub(super) fn of_event(event: EventId, name: &str) -> impl Display {
 pub(super) fn lock(lock: LockId) -> impl Display {
     from_fn(move |f| {
         write_tag(f, lock.event())?;
-        f.write_str("lock:")?;
+        f.write_str(LOCK)?;
         lock.fmt(f)
     })
 }
 
-/// What is remembered of a client's request id.
-pub(super) fn request(event: EventId, user: UserId, request: &RequestId) -> impl Display {
-    from_fn(move |f| {
-        write_tag(f, event)?;
-        write!(f, "request:{user}:{request}")
-    })
-}
+/// What the other keys of an event are called, with what distinguishes them behind it, see [`super::call::Call::own`]: a
+/// lock's own hash by its id, a user's rate by the user, what is remembered of a reported order by its id.
+pub(super) const LOCK: &str = "lock:";
+pub(super) const RATE: &str = "rate:";
+pub(super) const ORDER: &str = "order:";
+/// What is remembered of a client's request id: behind it [`request`].
+pub(super) const REQUEST: &str = "request:";
 
-/// A user's rate in an event.
-pub(super) fn rate(event: EventId, user: UserId) -> impl Display {
-    from_fn(move |f| {
-        write_tag(f, event)?;
-        f.write_str("rate:")?;
-        user.fmt(f)
-    })
-}
-
-/// What is remembered of a reported order.
-pub(super) fn order(event: EventId, order: &OrderId) -> impl Display {
-    from_fn(move |f| {
-        write_tag(f, event)?;
-        write!(f, "order:{order}")
-    })
+/// A user's request.
+pub(super) fn request(user: UserId, request: &RequestId) -> impl Display {
+    from_fn(move |f| write!(f, "{user}:{request}"))
 }
 
 /// A user's open sessions, and the events in which the user may have locks.

@@ -11,6 +11,7 @@ mod error;
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) mod fuzzing;
 mod key;
+mod lone;
 mod memory;
 mod notice;
 mod recent;
@@ -195,6 +196,10 @@ pub trait Ledger: Send + Sync + 'static {
 
     /// Stops receiving a topic. Idempotent.
     async fn unsubscribe(&self, topic: Topic) -> Result<(), LedgerError>;
+
+    /// Says which session is the only one of its user on this replica, if one is. It has the answer to what it did itself,
+    /// so messages that say the same need not come. A hint: they may.
+    fn alone(&self, _user: UserId, _session: Option<SessionId>) {}
 
     /// The one receiver of everything subscribed, bounded by [`FEED_LEN_MAX`]. `None` after the first call.
     fn feed(&self) -> Option<mpsc::Receiver<FeedItem>>;

@@ -8,7 +8,7 @@ use std::time::Duration;
 use super::reply::counts;
 use crate::domain::{
     CategoryId, Change, ChangeKind, EventId, Instant, LockId, Notice, OrderResult, Personal, Quantity, ReleaseReason,
-    UserId,
+    SessionId, UserId,
 };
 
 /// What a replica can listen to.
@@ -127,6 +127,11 @@ pub fn read_personal(text: &str) -> Option<Personal> {
     }
 }
 
+/// The session that did what a message for a user's sockets says, and has its own answer.
+pub(super) fn author(text: &str) -> Option<SessionId> {
+    text.strip_prefix("released ")?.rsplit(' ').next()?.parse().ok()
+}
+
 /// The text of a message for a user's sockets.
 #[must_use]
 pub fn write_personal(message: &Personal) -> String {
@@ -156,7 +161,7 @@ pub fn write_personal(message: &Personal) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::domain::{OrderId, SessionId};
+    use crate::domain::OrderId;
 
     fn event() -> EventId {
         EventId::new(7).expect("an id")

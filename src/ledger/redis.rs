@@ -13,6 +13,7 @@ use tokio::sync::mpsc;
 
 use super::call::Call;
 use super::driver::{Delivery, Driver, DriverOptions, Witness};
+use super::lone::Lone;
 use super::notice::{read_change, read_expired, read_personal};
 use super::recent::Recent;
 use super::reply::{self, OrderReply, Parts};
@@ -107,6 +108,7 @@ pub struct RedisLedger {
     wait_within: Duration,
     feed: Mutex<Option<mpsc::Receiver<FeedItem>>>,
     known: Mutex<Known>,
+    lone: Arc<Lone>,
     /// Index entries written a moment ago; none on a stepped clock, whose moments are not this machine's.
     touched: Option<Recent<(EventId, Duration)>>,
     visited: Option<Recent<(UserId, EventId)>>,
@@ -131,12 +133,17 @@ impl RedisLedger {
     /// # Errors
     /// When the URL is not one, or the file of trusted certificates cannot be used.
     pub fn connect(redis: &RedisOptions, options: LedgerOptions) -> Result<Self, RedisSettingError> {
+        let lone = Arc::new(Lone::default());
         let (driver, deliveries) = Driver::connect(DriverOptions {
             url: redis.url.clone(),
             ca_file: redis.ca_file.clone(),
             timeout: redis.timeout,
             clock: redis.clock,
             probe: format!("{}{}", key::PROBE_CHANNEL, redis.replica),
+            is_known: {
+                let lone = Arc::clone(&lone);
+                Box::new(move |channel, text| lone.knows(channel, text))
+            },
         })?;
         let (sender, feed) = mpsc::channel(FEED_LEN_MAX);
         tokio::spawn(read_deliveries(Arc::downgrade(&driver), deliveries, sender));
@@ -148,6 +155,7 @@ impl RedisLedger {
             wait_within: redis.timeout / 2,
             feed: Mutex::new(Some(feed)),
             known: Mutex::default(),
+            lone,
             touched: (redis.clock == RedisClock::Server).then(Recent::new),
             visited: (redis.clock == RedisClock::Server).then(Recent::new),
         })
@@ -252,7 +260,7 @@ impl RedisLedger {
 
     async fn count_order(&self, report: &OrderReport, claim: bool) -> Result<OrderReply, LedgerError> {
         let call = Call::about(report.event)
-            .key(key::order(report.event, &report.order))
+            .own(key::ORDER, &report.order)
             .arg(&report.order)
             .arg(report.category)
             .arg(report.quantity)
@@ -371,24 +379,24 @@ impl Ledger for RedisLedger {
         }
         let event = request.event();
         let rate = request.rate.unwrap_or(RateLimit { interval: Duration::ZERO, burst: 1 });
-        let call = Call::about(event).key(key::lock(request.lock));
+        let call = Call::about(event).own(key::LOCK, request.lock);
         let call = match &request.request {
-            Some(name) => call.key(key::request(event, request.user, name)),
-            None => call.key(key::lock(request.lock)),
+            Some(name) => call.own(key::REQUEST, key::request(request.user, name)),
+            None => call.own(key::LOCK, request.lock),
         };
         let call = call
-            .key(key::rate(event, request.user))
+            .own(key::RATE, request.user)
             .arg(request.lock)
-            .arg(request.user)
-            .arg(request.category)
-            .arg(request.quantity)
-            .arg(whole_ms(request.ttl))
-            .arg(whole_ms(request.stock_age_max))
-            .arg(request.per_event_max.unwrap_or(0))
-            .arg(rate.interval.as_micros())
-            .arg(rate.burst.max(1))
+            .number(request.user.value())
+            .number(request.category.value())
+            .number(request.quantity.value().into())
+            .number(whole_ms(request.ttl))
+            .number(whole_ms(request.stock_age_max))
+            .number(request.per_event_max.unwrap_or(0).into())
+            .number(u64::try_from(rate.interval.as_micros()).unwrap_or(u64::MAX / 4))
+            .number(rate.burst.max(1).into())
             .arg(text(request.session))
-            .arg(request.generation)
+            .number(request.generation)
             .arg(if request.request.is_some() { "1" } else { "" });
         // The indexes are written first (one connection keeps the order, and `biased` does where a script's text has to
         // be sent after all), so that they are never too small; the first thing due is the warning, or the deadline
@@ -406,7 +414,7 @@ impl Ledger for RedisLedger {
                 Box::pin(async { tokio::join!(biased; self.index(event, first_due, request.user, some), answer) }).await
             }
         };
-        let outcome = reply::lock(answer?)?;
+        let outcome = reply::lock(answer?, request.lock)?;
         let (LockOutcome::Granted(grant) | LockOutcome::GrantedBefore(grant)) = &outcome else { return Ok(outcome) };
         // A lock that no index knows expires unannounced and is not found after a reconnect. The client repeats.
         indexed?;
@@ -430,16 +438,15 @@ impl Ledger for RedisLedger {
             Kept::Pinned => ("pinned", None),
             Kept::Confirmed { order } => ("confirmed", order.as_ref()),
         };
-        let named = memento.request.as_ref().map(|name| key::request(event, request.user, name));
-        let own = key::lock(memento.lock);
-        let call = Call::about(event).key(&own);
+        let named = memento.request.as_ref().map(|name| key::request(request.user, name));
+        let call = Call::about(event).own(key::LOCK, memento.lock);
         let call = match &named {
-            Some(named) => call.key(named),
-            None => call.key(&own),
+            Some(named) => call.own(key::REQUEST, named),
+            None => call.own(key::LOCK, memento.lock),
         };
         let call = match order {
-            Some(order) => call.key(key::order(event, order)),
-            None => call.key(&own),
+            Some(order) => call.own(key::ORDER, order),
+            None => call.own(key::LOCK, memento.lock),
         };
         let call = call
             .arg(memento.lock)
@@ -473,10 +480,10 @@ impl Ledger for RedisLedger {
     ) -> Result<ConfirmOutcome, LedgerError> {
         let event = lock.event();
         self.touch(event, self.options.settle_timeout).await?;
-        let call = Call::about(event).key(key::lock(lock));
+        let call = Call::about(event).own(key::LOCK, lock);
         let call = match order {
-            Some(order) => call.key(key::order(event, order)),
-            None => call.key(key::lock(lock)),
+            Some(order) => call.own(key::ORDER, order),
+            None => call.own(key::LOCK, lock),
         };
         let call = call.arg(lock).arg(text(user)).arg(text(order)).arg(whole_ms(self.options.settle_timeout));
         let (outcome, reported) = ends::counted(reply::confirm(self.run(&script::CONFIRM, call).await?)?);
@@ -491,13 +498,13 @@ impl Ledger for RedisLedger {
             Releaser::Owner { user, session } => ("owner", Some(user), session),
             Releaser::Orders { user } => ("orders", user, None),
         };
-        let call = Call::about(lock.event()).key(key::lock(lock));
+        let call = Call::about(lock.event()).own(key::LOCK, lock);
         let call = call.arg(lock).arg(releaser).arg(text(user)).arg(text(session));
         Ok(ends::counted(reply::release(self.run(&script::RELEASE, call).await?, lock)?))
     }
 
     async fn find(&self, lock: LockId) -> Result<Option<Lock>, LedgerError> {
-        let call = Call::about(lock.event()).key(key::lock(lock)).arg(lock);
+        let call = Call::about(lock.event()).own(key::LOCK, lock).arg(lock);
         reply::find(self.run(&script::FIND, call).await?, lock)
     }
 
@@ -630,6 +637,10 @@ impl Ledger for RedisLedger {
 
     async fn unsubscribe(&self, topic: Topic) -> Result<(), LedgerError> {
         self.driver.unsubscribe(channel(topic)).await
+    }
+
+    fn alone(&self, user: UserId, session: Option<SessionId>) {
+        self.lone.note(user, session);
     }
 
     fn feed(&self) -> Option<mpsc::Receiver<FeedItem>> {

@@ -4,7 +4,7 @@
 use std::str::FromStr;
 use std::time::Duration;
 
-use super::driver::{List, Reply};
+use super::driver::{List, Reply, Value};
 use super::notice::read_personal;
 use super::script::Script;
 use super::{LedgerError, Presence, Told, ends};
@@ -46,6 +46,20 @@ impl Parts {
     /// A part that reads as `T`: numbers, ids.
     pub(super) fn read<T: FromStr>(&mut self) -> Result<T, LedgerError> {
         self.left.next(|part| part.text()?.parse().ok()).ok_or_else(|| self.unexpected())
+    }
+
+    /// A part that is a few words, as `read` reads them; all of them.
+    fn words<T>(&mut self, read: impl FnOnce(&mut Words<'_>) -> Option<T>) -> Result<T, LedgerError> {
+        let all = |part: Value<'_>| {
+            let mut words = Words(part.text());
+            read(&mut words).filter(|_| words.0.is_none())
+        };
+        self.left.next(all).ok_or_else(|| self.unexpected())
+    }
+
+    /// A part that reads as `T`, or is nobody's: "" or another text.
+    fn maybe<T: FromStr>(&mut self) -> Result<Option<T>, LedgerError> {
+        self.left.next(|part| part.text().map(|text| text.parse().ok())).ok_or_else(|| self.unexpected())
     }
 
     pub(super) fn instant(&mut self) -> Result<Instant, LedgerError> {
@@ -107,10 +121,14 @@ pub(super) fn counts(event: EventId, category: CategoryId, text: &str, at: Insta
     })
 }
 
-pub(super) fn lock(mut parts: Parts) -> Result<LockOutcome, LedgerError> {
+/// The outcome of a try that would have made `lock`.
+pub(super) fn lock(mut parts: Parts, lock: LockId) -> Result<LockOutcome, LedgerError> {
     let outcome = match parts.word() {
-        "granted" => LockOutcome::Granted(grant(&mut parts)?),
-        "granted_before" => LockOutcome::GrantedBefore(grant(&mut parts)?),
+        "granted" => LockOutcome::Granted(grant(&mut parts, lock)?),
+        "granted_before" => {
+            let grant = grant(&mut parts, lock)?;
+            LockOutcome::GrantedBefore(Grant { lock: parts.read()?, ..grant })
+        }
         "request_ended" => LockOutcome::RequestEnded { lock: parts.read()? },
         "request_mismatch" => LockOutcome::RequestMismatch,
         "stock_unknown" => LockOutcome::StockUnknown,
@@ -126,13 +144,16 @@ pub(super) fn lock(mut parts: Parts) -> Result<LockOutcome, LedgerError> {
     Ok(outcome)
 }
 
-fn grant(parts: &mut Parts) -> Result<Grant, LedgerError> {
-    Ok(Grant {
-        lock: parts.read()?,
-        deadline: parts.instant()?,
-        available: parts.read()?,
-        version: parts.read()?,
-        now: parts.instant()?,
+/// `deadline_ms available version now_ms`.
+fn grant(parts: &mut Parts, lock: LockId) -> Result<Grant, LedgerError> {
+    parts.words(|words| {
+        Some(Grant {
+            lock,
+            deadline: instant(words)?,
+            available: read(words)?,
+            version: read(words)?,
+            now: instant(words)?,
+        })
     })
 }
 
@@ -168,10 +189,10 @@ pub(super) fn confirm(mut parts: Parts) -> Result<((ConfirmOutcome, bool), Optio
 pub(super) fn release(mut parts: Parts, id: LockId) -> Result<(ReleaseOutcome, Option<End>), LedgerError> {
     let outcome = match parts.word() {
         "released" => {
-            let released = ReleaseOutcome::Released(released_lock(&mut parts, id)?);
-            return Ok((released, ends::called(EndReason::Released, parts.read()?)));
+            let (lock, held_ms) = released_lock(&mut parts, id)?;
+            return Ok((ReleaseOutcome::Released(lock), ends::called(EndReason::Released, held_ms)));
         }
-        "already_released" => ReleaseOutcome::AlreadyReleased(released_lock(&mut parts, id)?),
+        "already_released" => ReleaseOutcome::AlreadyReleased(released_lock(&mut parts, id)?.0),
         "released_by_other" => ReleaseOutcome::ReleasedByOther,
         "confirmed" => ReleaseOutcome::Confirmed,
         "wrong_user" => ReleaseOutcome::WrongUser,
@@ -182,20 +203,53 @@ pub(super) fn release(mut parts: Parts, id: LockId) -> Result<(ReleaseOutcome, O
     Ok((outcome, None))
 }
 
-fn released_lock(parts: &mut Parts, id: LockId) -> Result<Lock, LedgerError> {
-    Ok(Lock {
-        id,
-        user: parts.read()?,
-        category: parts.read()?,
-        quantity: parts.quantity()?,
-        created_at: parts.instant()?,
-        deadline: parts.instant()?,
-        status: LockStatus::Released,
-        version: None,
-        session: parts.text()?.parse().ok(),
-        order: parts.text()?.parse().ok(),
-        pinned: false,
-    })
+/// `user category quantity created_ms deadline_ms held_ms`, session, order: the lock, and how long it was active.
+fn released_lock(parts: &mut Parts, id: LockId) -> Result<(Lock, i64), LedgerError> {
+    let (mut lock, held_ms) = parts.words(|words| {
+        let lock = Lock {
+            id,
+            user: read(words)?,
+            category: read(words)?,
+            quantity: Quantity::new(read(words)?).ok()?,
+            created_at: instant(words)?,
+            deadline: instant(words)?,
+            status: LockStatus::Released,
+            version: None,
+            session: None,
+            order: None,
+            pinned: false,
+        };
+        Some((lock, read(words)?))
+    })?;
+    (lock.session, lock.order) = (parts.maybe()?, parts.maybe()?);
+    Ok((lock, held_ms))
+}
+
+/// What is left of a text of words with single spaces between them; `None` behind the last one.
+struct Words<'a>(Option<&'a str>);
+
+impl<'a> Iterator for Words<'a> {
+    type Item = &'a str;
+
+    fn next(&mut self) -> Option<&'a str> {
+        let text = self.0?;
+        // Words are short: to look at each byte takes a third of what a search takes to begin.
+        let (word, rest) = match text.bytes().position(|byte| byte == b' ') {
+            Some(end) => (text.get(..end)?, text.get(end + 1..)),
+            None => (text, None),
+        };
+        self.0 = rest;
+        Some(word)
+    }
+}
+
+/// The next word of some, as `T`.
+fn read<T: FromStr>(words: &mut Words<'_>) -> Option<T> {
+    words.next()?.parse().ok()
+}
+
+fn instant(words: &mut Words<'_>) -> Option<Instant> {
+    read(words).map(Instant::from_ms)
 }
 
 pub(super) fn find(mut parts: Parts, id: LockId) -> Result<Option<Lock>, LedgerError> {
@@ -217,8 +271,8 @@ pub(super) fn find(mut parts: Parts, id: LockId) -> Result<Option<Lock>, LedgerE
                 deadline: parts.instant()?,
                 status,
                 version: Some(parts.read()?),
-                session: parts.text()?.parse().ok(),
-                order: parts.text()?.parse().ok(),
+                session: parts.maybe()?,
+                order: parts.maybe()?,
                 pinned: false,
             }))
         }

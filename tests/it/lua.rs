@@ -136,7 +136,8 @@ async fn every_documented_reply_is_reached() {
         on.event("lock", &[lock, "request", "rate-7"], &args).await
     };
     assert_eq!(repeat(LOCK, "2").await[0], "granted");
-    assert_eq!(repeat("lock-x", "2").await[..2], ["granted_before", LOCK]);
+    let again = repeat("lock-x", "2").await;
+    assert_eq!((again[0].as_str(), again[2].as_str()), ("granted_before", LOCK));
     assert_eq!(repeat("lock-x", "3").await, ["request_mismatch"]);
     assert_eq!(on.lock("lock-x", "7", "1", "1").await, ["already_locked", LOCK]);
     assert_eq!(on.lock("lock-x", "8", "9", "1").await, ["category_not_found"]);
@@ -478,7 +479,7 @@ async fn endings_and_repeats_renew_lifetimes() {
     let args = ["lock-1", "7", "1", "1", "300000", "600000", "0", "100000", "20", "", "0", "1"];
     assert_eq!(on.event("lock", &["lock-1", "request", "rate"], &args).await[0], "granted");
     let rate = on.server.pttl("rate").await;
-    assert!((1..=100).contains(&rate), "a try of ten a second counts for {rate} ms");
+    assert!((1_800..=2_000).contains(&rate), "twenty tries at once, ten a second, count for {rate} ms");
     forget().await;
     assert_eq!(on.event("lock", &["lock-2", "request", "rate"], &args).await[0], "granted_before");
     on.every_key_ends().await;
@@ -891,9 +892,12 @@ async fn every_end_is_told_once() {
     let args = ["lock-1", "7", "A", "30000"];
     assert_eq!(on.event("confirm", &["lock-1", "order-A"], &args).await, ["confirmed", "1500"]);
     on.pass(500).await;
-    let release = async |lock: &str| on.event("release", &[lock], &[lock, "orders", "", ""]).await.last().cloned();
-    assert_eq!(release("lock-2").await.as_deref(), Some("2000"));
-    assert_eq!(release("lock-1").await.as_deref(), Some("-1"), "its active life has ended before");
+    let held = async |lock: &str| {
+        let released = on.event("release", &[lock], &[lock, "orders", "", ""]).await;
+        released[1].rsplit(' ').next().expect("a word").to_owned()
+    };
+    assert_eq!(held("lock-2").await, "2000");
+    assert_eq!(held("lock-1").await, "-1", "its active life has ended before");
     assert_eq!(ends().await, "", "nothing reached its deadline");
     on.event("abandon", &[], &["9", "1", "15000"]).await;
     on.pass(15_007).await;

@@ -1,6 +1,9 @@
 //! A command as it is sent.
 
+use bytes::Bytes;
+
 use super::measure::LINE_END;
+use crate::ledger::call::ClosedCall;
 
 const DIGITS: [&str; 10] = ["0", "1", "2", "3", "4", "5", "6", "7", "8", "9"];
 
@@ -9,6 +12,8 @@ const DIGITS: [&str; 10] = ["0", "1", "2", "3", "4", "5", "6", "7", "8", "9"];
 pub(super) struct Command {
     count: usize,
     words: Vec<u8>,
+    /// The last of them, which were written elsewhere.
+    rest: Bytes,
 }
 
 impl Command {
@@ -17,10 +22,12 @@ impl Command {
         args.iter().fold(Self::default().word(name), |command, arg| command.word(arg))
     }
 
-    /// With room for so many words of so many bytes together.
-    pub(super) fn with_capacity(words: usize, bytes: usize) -> Self {
-        // Behind a sign and in front of two ends of lines, the length of most has two digits.
-        Self { count: 0, words: Vec::with_capacity(bytes + words * 8) }
+    /// A call of a script, by its SHA or its text.
+    pub(super) fn script(name: &str, script: &str, call: &ClosedCall) -> Self {
+        // Three words behind their lengths.
+        let words = Vec::with_capacity(script.len() + 40);
+        let command = Self { count: 0, words, rest: Bytes::new() }.word(name).word(script).number(call.keys);
+        Self { count: command.count + call.keys + call.args, rest: call.words.clone(), ..command }
     }
 
     /// Adds a word.
@@ -44,6 +51,7 @@ impl Command {
     pub(super) fn write(&self, out: &mut Vec<u8>) {
         line(out, b'*', self.count);
         out.extend_from_slice(&self.words);
+        out.extend_from_slice(&self.rest);
     }
 }
 
@@ -61,6 +69,7 @@ fn line(out: &mut Vec<u8>, kind: u8, length: usize) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ledger::call::Call;
 
     #[test]
     fn a_command_is_a_list_of_texts() {
@@ -69,6 +78,13 @@ mod tests {
         assert_eq!(
             String::from_utf8_lossy(&out),
             "before*5\r\n$3\r\nSET\r\n$1\r\nk\r\n$0\r\n\r\n$2\r\n\u{e9}\r\n$2\r\n12\r\n"
+        );
+        let call = Call::new().key("k").arg("").close();
+        let mut out = Vec::new();
+        Command::script("EVAL", "return 1", &call).write(&mut out);
+        assert_eq!(
+            String::from_utf8_lossy(&out),
+            "*5\r\n$4\r\nEVAL\r\n$8\r\nreturn 1\r\n$1\r\n1\r\n$1\r\nk\r\n$0\r\n\r\n"
         );
         for length in [0, 1, 9, 10, 11, 99, 100, 101, 255, 256, 12_345] {
             let mut out = Vec::new();

@@ -269,6 +269,9 @@ fn hand_on(
         let (Some(kind), Some(channel)) = (text(), text()) else { return };
         if kind == "message" || kind == "smessage" {
             let Some(text) = text() else { return };
+            if (driver.is_known)(channel, text) {
+                return;
+            }
             let sent = room(&driver, channel.len() + text.len()).is_some_and(|room| {
                 messages.try_send(Message { channel: channel.to_owned(), text: text.to_owned(), room }).is_ok()
             });

@@ -15,6 +15,9 @@ const BYTES_MAX: u64 = 16 * 1024 * 1024;
 /// Bytes of a value that is a line: numbers, states, errors.
 const LINE_MAX: u64 = 64 * 1024;
 
+/// Digits of a length that is read at once. With all of them it is less than what any kind may have.
+const SHORT_LENGTH_MAX: usize = 5;
+
 /// What ends a line, and a text behind it.
 pub(super) const LINE_END: &[u8] = b"\r\n";
 
@@ -75,7 +78,13 @@ impl Measure {
             let taken = match self.place {
                 Place::Type => {
                     self.begun(*first)?;
-                    1
+                    match (self.place, rest.get(1..).and_then(short_length)) {
+                        (Place::Length { kind, .. }, Some((value, len))) => {
+                            self.length(kind, false, value)?;
+                            1 + len
+                        }
+                        _ => 1,
+                    }
                 }
                 Place::Length { kind, negative, digits, value } => {
                     self.place = match first {
@@ -151,7 +160,7 @@ impl Measure {
         let end = if returned && piece.first() == Some(&b'\n') {
             Some(1)
         } else {
-            piece.windows(LINE_END.len()).position(|two| two == LINE_END).map(|at| at + LINE_END.len())
+            line_end(piece).map(|at| at + LINE_END.len())
         };
         let taken = end.unwrap_or(piece.len());
         let read = read + taken as u64;
@@ -207,6 +216,34 @@ impl Measure {
             self.depth -= 1;
         }
         self.parts = 0;
+    }
+}
+
+/// A length that is there to the end of its line, as nearly all are, and how long that is; whatever else it may be, it is
+/// looked at character by character.
+fn short_length(bytes: &[u8]) -> Option<(u64, usize)> {
+    let mut value = 0;
+    for (at, byte) in bytes.iter().enumerate().take(SHORT_LENGTH_MAX + 1) {
+        match byte {
+            b'0'..=b'9' => value = value * 10 + u64::from(byte - b'0'),
+            b'\r' if at > 0 && bytes.get(at + 1) == Some(&b'\n') => return Some((value, at + LINE_END.len())),
+            _ => return None,
+        }
+    }
+    None
+}
+
+/// Where the first end of a line begins.
+pub(super) fn line_end(bytes: &[u8]) -> Option<usize> {
+    let mut from = 0;
+    loop {
+        let at = from + bytes.get(from..)?.iter().position(|byte| *byte == b'\n')?;
+        if let Some(before) = at.checked_sub(1)
+            && bytes.get(before) == Some(&b'\r')
+        {
+            return Some(before);
+        }
+        from = at + 1;
     }
 }
 

@@ -4,7 +4,7 @@ use std::fmt;
 
 use bytes::Bytes;
 
-use super::measure::LINE_END;
+use super::measure::{LINE_END, line_end};
 
 /// Bytes of a reply in a log or an error.
 const SHOWN_MAX: usize = 200;
@@ -141,7 +141,7 @@ fn first(bytes: &[u8]) -> Option<(Value<'_>, &[u8])> {
 fn head(bytes: &[u8]) -> Option<(Value<'_>, &[u8], usize)> {
     let (line, behind) = line(bytes)?;
     let (kind, line) = line.split_first()?;
-    let number = || std::str::from_utf8(line).ok()?.parse::<usize>().ok();
+    let number = || number(line);
     let text = || {
         let length = number()?;
         Some((behind.get(..length)?, behind.get(length + LINE_END.len()..)?))
@@ -171,9 +171,20 @@ fn past(bytes: &[u8], values: usize) -> Option<&[u8]> {
     (0..values).try_fold(bytes, |rest, _| first(rest).map(|(_, rest)| rest))
 }
 
+/// A length. It has passed the measure, so it is not too large.
+fn number(digits: &[u8]) -> Option<usize> {
+    if digits.is_empty() {
+        return None;
+    }
+    digits.iter().try_fold(0_usize, |number, digit| match digit {
+        b'0'..=b'9' => number.checked_mul(10)?.checked_add((digit - b'0').into()),
+        _ => None,
+    })
+}
+
 /// The first line, without its end, and what is behind it.
 fn line(bytes: &[u8]) -> Option<(&[u8], &[u8])> {
-    let end = bytes.windows(LINE_END.len()).position(|two| two == LINE_END)?;
+    let end = line_end(bytes)?;
     Some((bytes.get(..end)?, bytes.get(end + LINE_END.len()..)?))
 }
 
