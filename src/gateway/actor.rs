@@ -3,6 +3,7 @@
 
 use std::collections::HashMap;
 use std::panic::AssertUnwindSafe;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime};
@@ -10,7 +11,7 @@ use std::time::{Duration, SystemTime};
 use futures_util::FutureExt as _;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
-use tokio::time::{Instant, sleep, sleep_until, timeout, timeout_at};
+use tokio::time::{Instant, Sleep, sleep, sleep_until, timeout, timeout_at};
 use tracing::Instrument as _;
 
 use super::auth::{Claims, Scope};
@@ -143,6 +144,9 @@ pub(super) struct Actor {
     pub joined: Option<(EventId, Vec<Availability>)>,
     /// When the message in work must be answered.
     pub deadline: Instant,
+    /// Says that it has not been. Set for an earlier message it rings too early, and is set anew then: requests follow each
+    /// other faster than their deadlines come, and to set a timer and take it back costs more than all else it is for.
+    pub alarm: Option<Pin<Box<Sleep>>>,
     moving: Moving,
     /// The trace that the client says it belongs to, as it says so.
     trace: Option<Box<telemetry::Trace>>,
@@ -191,6 +195,7 @@ impl Actor {
             watched: HashMap::new(),
             joined: None,
             deadline: Instant::now(),
+            alarm: None,
             moving: Moving::No,
             trace: None,
         }
@@ -499,8 +504,14 @@ impl Actor {
     /// Sends something that must not be lost: waits while the send buffer is full, and closes the connection of a
     /// client that takes nothing for `slow_client`.
     pub async fn patiently(&self, send: impl Fn(&Session) -> Sent) {
+        if send(&self.session) == Sent::Full {
+            Box::pin(self.insist(send)).await;
+        }
+    }
+
+    async fn insist(&self, send: impl Fn(&Session) -> Sent) {
         let patience = Instant::now() + self.shared.options.slow_client;
-        while send(&self.session) == Sent::Full {
+        loop {
             metrics::GATEWAY_FULL.count(&[]);
             if Instant::now() >= patience {
                 metrics::GATEWAY_DROPPED.count(&["answer"]);
@@ -511,6 +522,9 @@ impl Actor {
                 () = sleep(SEND_RETRY) => {}
                 () = self.session.over.cancelled() => return,
                 () = self.shared.impatient.cancelled() => return,
+            }
+            if send(&self.session) != Sent::Full {
+                return;
             }
         }
     }

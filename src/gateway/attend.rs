@@ -164,12 +164,7 @@ struct Reading {
 impl Reading {
     /// Reads until the connection ends; then the session does.
     async fn live(mut self, line: Line, _held: (Option<Alive>, Option<Guest>)) {
-        let mut cut = pin!(line.until_cut());
-        let end = tokio::select! {
-            biased;
-            () = &mut cut => End::Ended,
-            end = self.read(&line) => end,
-        };
+        let end = self.read(&line).await;
         if self.pulse.leaves_at.is_none() {
             metrics::GATEWAY_DISCONNECTS.count(&[end.as_str()]);
         }
@@ -179,7 +174,7 @@ impl Reading {
         // What is owed is still written, until the line is cut.
         tokio::select! {
             biased;
-            () = cut => {}
+            () = line.until_cut() => {}
             () = self.pipe.flush() => {}
         }
         self.pipe.close();

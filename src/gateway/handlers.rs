@@ -1,11 +1,13 @@
 //! What each request does: ledger and stock are asked, the outcome becomes an answer. Decides nothing by itself.
 
-use std::future::Future;
+use std::future::{Future, poll_fn};
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Poll, ready};
 use std::time::UNIX_EPOCH;
 
 use serde_json::value::RawValue;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, Sleep, sleep_until, timeout_at};
 use tracing::Instrument;
 
 use super::actor::{Actor, Watching};
@@ -49,13 +51,27 @@ impl From<StockError> for Refusal {
 /// task of its own. Work whose deadline is over before its turn came is not begun.
 async fn within<T: Send + 'static>(
     deadline: Instant,
+    alarm: &mut Option<Pin<Box<Sleep>>>,
     work: impl Future<Output = Result<T, Refusal>> + Send + 'static,
 ) -> Result<T, Refusal> {
     if deadline <= Instant::now() {
         return Err(Refusal::new(Code::Unavailable));
     }
     let mut work = Box::pin(work.in_current_span());
-    if let Ok(result) = timeout_at(deadline, work.as_mut()).await {
+    let alarm = alarm.get_or_insert_with(|| Box::pin(sleep_until(deadline)));
+    let result = poll_fn(|cx| {
+        if let Poll::Ready(result) = work.as_mut().poll(cx) {
+            return Poll::Ready(Some(result));
+        }
+        loop {
+            ready!(alarm.as_mut().poll(cx));
+            if alarm.deadline() >= deadline {
+                return Poll::Ready(None);
+            }
+            alarm.as_mut().reset(deadline);
+        }
+    });
+    if let Some(result) = result.await {
         return result;
     }
     tokio::spawn(work);
@@ -159,7 +175,7 @@ impl Actor {
                 Ok((watching, availability, locks))
             }
         };
-        let (watching, availability, locks) = within(self.deadline, work).await?;
+        let (watching, availability, locks) = within(self.deadline, &mut self.alarm, work).await?;
         match watching {
             Some(watching) => drop(self.watched.insert(event, watching)),
             // A round that is under way may tell what was true before this reading.
@@ -207,7 +223,9 @@ impl Actor {
             rate: options.rate,
         };
         let stock = Arc::clone(&self.shared.stock);
-        let outcome = within(self.deadline, async move { stock.lock(asked).await.map_err(Refusal::from) }).await?;
+        let outcome =
+            within(self.deadline, &mut self.alarm, async move { stock.lock(asked).await.map_err(Refusal::from) })
+                .await?;
         match outcome {
             LockOutcome::Granted(grant) | LockOutcome::GrantedBefore(grant) => {
                 let answer = wire::granted(&grant, category, quantity, request.as_ref());
@@ -230,10 +248,10 @@ impl Actor {
         }
     }
 
-    async fn unlock_category(&self, event: EventId, category: CategoryId) -> Granted {
+    async fn unlock_category(&mut self, event: EventId, category: CategoryId) -> Granted {
         let (ledger, user) = (Arc::clone(&self.shared.ledger), self.session.user);
         let by = Releaser::Owner { user, session: Some(self.session.id) };
-        let released = within(self.deadline, async move {
+        let released = within(self.deadline, &mut self.alarm, async move {
             let locks = ledger.locks_in(event, user).await?;
             let held = locks.iter().find(|lock| lock.category == category && lock.status == LockStatus::Active);
             let Some(held) = held else { return Err(Refusal::new(Code::LockNotFound)) };
@@ -243,11 +261,11 @@ impl Actor {
         self.given_back(lock, &outcome)
     }
 
-    async fn unlock(&self, lock: LockId) -> Granted {
+    async fn unlock(&mut self, lock: LockId) -> Granted {
         let ledger = Arc::clone(&self.shared.ledger);
         let by = Releaser::Owner { user: self.session.user, session: Some(self.session.id) };
         let released = async move { ledger.release(lock, by).await.map_err(Refusal::from) };
-        let outcome = within(self.deadline, released).await?;
+        let outcome = within(self.deadline, &mut self.alarm, released).await?;
         self.given_back(lock, &outcome)
     }
 
@@ -255,13 +273,17 @@ impl Actor {
         let answer = given_back(lock, outcome);
         // Another user's lock is not among those that are remembered of this one.
         self.shared.keep.ended(self.session.user, lock);
+        if answer.is_ok() {
+            // The message that says so comes only where the user has other sockets.
+            self.shared.hoard.given_back(lock);
+        }
         answer
     }
 
-    async fn my_locks(&self) -> Granted {
+    async fn my_locks(&mut self) -> Granted {
         let (ledger, user) = (Arc::clone(&self.shared.ledger), self.session.user);
         let read = async move { ledger.locks_of(user).await.map_err(Refusal::from) };
-        let locks = within(self.deadline, read).await?;
+        let locks = within(self.deadline, &mut self.alarm, read).await?;
         self.shared.keep.listed(user, &locks);
         Ok(wire::my_locks(&locks))
     }
@@ -355,9 +377,27 @@ mod tests {
             done.send(()).ok();
             Ok(())
         };
-        let refusal = within(Instant::now() + Duration::from_millis(5), work).await.unwrap_err();
+        let refusal = within(Instant::now() + Duration::from_millis(5), &mut None, work).await.unwrap_err();
         assert_eq!(refusal.code, Code::Unavailable);
         timeout(Duration::from_secs(5), finished).await.unwrap().unwrap();
+    }
+
+    /// Set for one piece of work, it serves the next ones: each has its own deadline all the same.
+    #[tokio::test]
+    async fn an_alarm_that_was_set_for_earlier_work_ends_nothing_too_soon_and_nothing_too_late() {
+        let work = async |takes: u64| {
+            tokio::time::sleep(Duration::from_millis(takes)).await;
+            Ok(())
+        };
+        let mut alarm = None;
+        let began = Instant::now();
+        assert_eq!(within(began + Duration::from_millis(20), &mut alarm, work(1)).await, Ok(()));
+        assert_eq!(within(began + Duration::from_mins(1), &mut alarm, work(60)).await, Ok(()));
+        assert_eq!(alarm.as_ref().map(|alarm| alarm.deadline()), Some(began + Duration::from_mins(1)));
+        let mut alarm = Some(Box::pin(sleep_until(began)));
+        let refusal = within(began + Duration::from_millis(150), &mut alarm, work(60_000)).await.unwrap_err();
+        assert_eq!(refusal.code, Code::Unavailable);
+        assert!((150..30_000).contains(&began.elapsed().as_millis()), "{:?}", began.elapsed());
     }
 
     #[tokio::test]
@@ -367,7 +407,7 @@ mod tests {
             begun.send(()).ok();
             Ok(())
         };
-        let refusal = within(Instant::now(), work).await.unwrap_err();
+        let refusal = within(Instant::now(), &mut None, work).await.unwrap_err();
         assert_eq!(refusal.code, Code::Unavailable);
         assert!(heard.await.is_err(), "dropped, not run");
     }

@@ -73,7 +73,7 @@ impl Line {
         self.closing.cancelled()
     }
 
-    /// Returns when writing ends, too.
+    /// Returns when writing ends, too; reading has then.
     pub(super) fn until_cut(&self) -> WaitForCancellationFuture<'_> {
         self.cut.cancelled()
     }

@@ -87,9 +87,10 @@ mod tests {
     use serde_json::value::RawValue;
 
     use super::*;
+    use crate::gateway::wire;
 
     fn json(text: &str) -> Json {
-        RawValue::from_string(text.to_owned()).expect("JSON")
+        wire::json(&RawValue::from_string(text.to_owned()).expect("JSON"))
     }
 
     #[test]

@@ -9,7 +9,8 @@ use std::borrow::Cow;
 use std::time::Duration;
 
 use chrono::{DateTime, SecondsFormat, Utc};
-use serde::{Deserialize, Serialize};
+use serde::ser::Error as _;
+use serde::{Deserialize, Serialize, Serializer};
 use serde_json::Value;
 use serde_json::value::RawValue;
 
@@ -208,11 +209,26 @@ pub fn iso(at: Instant) -> String {
 }
 
 /// A rendered message: encoded once, sent to any number of sockets.
-pub type Json = Box<RawValue>;
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Json(Box<str>);
 
-fn json(value: &impl Serialize) -> Json {
+impl Json {
+    /// Its text.
+    pub fn get(&self) -> &str {
+        &self.0
+    }
+}
+
+/// As it is; for socketioxide, which writes what goes to a session that polls.
+impl Serialize for Json {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serde_json::from_str::<&RawValue>(&self.0).map_err(S::Error::custom)?.serialize(serializer)
+    }
+}
+
+pub(super) fn json(value: &impl Serialize) -> Json {
     // Texts, numbers and lists of them: nothing that JSON cannot hold.
-    serde_json::value::to_raw_value(value).unwrap_or_else(|_| RawValue::NULL.to_owned())
+    Json(serde_json::to_string(value).unwrap_or_else(|_| "null".to_owned()).into())
 }
 
 #[derive(Serialize)]
@@ -337,45 +353,25 @@ pub fn left(event: EventId) -> Json {
     json(&Left { success: true, event_id: event.value(), message: format!("Left the room of event {event}") })
 }
 
-/// `lock-tickets-response`, granted.
+/// `lock-tickets-response`, granted. Written by hand, as the next one: of numbers, ids and instants nothing needs to be
+/// escaped, and to look for that took a tenth of the service's own time for a lock.
 pub fn granted(grant: &Grant, category: CategoryId, quantity: Quantity, request: Option<&RequestId>) -> Json {
-    #[derive(Serialize)]
-    #[serde(rename_all = "camelCase")]
-    struct Granted<'a> {
-        success: bool,
-        lock_id: String,
-        expires_at: String,
-        available_tickets: u64,
-        event_id: u64,
-        category_id: u64,
-        quantity: u32,
-        server_time: String,
-        #[serde(skip_serializing_if = "Option::is_none")]
-        request_id: Option<&'a str>,
-    }
-    json(&Granted {
-        success: true,
-        lock_id: grant.lock.to_string(),
-        expires_at: iso(grant.deadline),
-        available_tickets: grant.available,
-        event_id: grant.lock.event().value(),
-        category_id: category.value(),
-        quantity: quantity.value(),
-        server_time: iso(grant.now),
-        request_id: request.map(RequestId::as_str),
-    })
+    let Grant { lock, deadline, available, version: _, now } = grant;
+    let request = request.map_or_else(String::new, |request| format!(",\"requestId\":{}", json(&request.as_str()).0));
+    let text = format!(
+        "{{\"success\":true,\"lockId\":\"{lock}\",\"expiresAt\":\"{}\",\"availableTickets\":{available},\"eventId\":{},\
+         \"categoryId\":{category},\"quantity\":{quantity},\"serverTime\":\"{}\"{request}}}",
+        iso(*deadline),
+        lock.event(),
+        iso(*now),
+    );
+    Json(text.into())
 }
 
 /// `unlock-tickets-response`, given back.
 pub fn unlocked(lock: LockId) -> Json {
-    #[derive(Serialize)]
-    #[serde(rename_all = "camelCase")]
-    struct Unlocked {
-        success: bool,
-        message: &'static str,
-        lock_id: String,
-    }
-    json(&Unlocked { success: true, message: "Tickets unlocked successfully", lock_id: lock.to_string() })
+    let text = format!("{{\"success\":true,\"message\":\"Tickets unlocked successfully\",\"lockId\":\"{lock}\"}}");
+    Json(text.into())
 }
 
 /// `my-locks-response`.

@@ -189,6 +189,12 @@ fn answers_are_written_as_the_contract_says() {
             ),
         ),
         (
+            granted(&grant, category(), tickets(2), Some(&r#"a"\b"#.parse().unwrap())),
+            format!(
+                r#"{{"success":true,"lockId":"{LOCK_TEXT}","expiresAt":"{T_TEXT}","availableTickets":5,"eventId":12,"categoryId":3,"quantity":2,"serverTime":"{T_TEXT}","requestId":"a\"\\b"}}"#
+            ),
+        ),
+        (
             connected(SessionId::from_u128(0xab), user(), T, &[lock()]),
             format!(
                 r#"{{"success":true,"sessionId":"000000000000000000000000000000ab","message":"Connected to the realtime service","userId":7,"serverTime":"{T_TEXT}","locks":[{LOCK_JSON}]}}"#
@@ -212,6 +218,7 @@ fn answers_are_written_as_the_contract_says() {
         (availability(&counts()), COUNTS_JSON.to_owned()),
     ] {
         assert_eq!(json.get(), expected);
+        assert_eq!(serde_json::to_string(&json).expect("JSON in JSON"), expected);
     }
 }
 
