@@ -8,12 +8,12 @@ use std::ops::Range;
 
 use bytes::Bytes;
 
+use super::driver::LINE_END;
 use super::key;
 use crate::domain::EventId;
 
 /// Room for the length of a word in front of it, which has two digits of nearly every one.
 const HEAD: &[u8] = b"$00\r\n";
-const LINE_END: &[u8] = b"\r\n";
 
 /// Keys and arguments of one call, each in the order in which they were added, keys first.
 pub(super) struct Call {

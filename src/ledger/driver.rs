@@ -31,6 +31,7 @@ use self::cluster::Route;
 use self::command::Command;
 use self::connection::Failure;
 use self::link::Link;
+pub(super) use self::measure::LINE_END;
 pub(super) use self::reply::{List, Reply, Value};
 use super::call::Call;
 use super::redis::{RedisClock, RedisSettingError};

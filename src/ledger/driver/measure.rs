@@ -19,7 +19,7 @@ const LINE_MAX: u64 = 64 * 1024;
 const SHORT_LENGTH_MAX: usize = 5;
 
 /// What ends a line, and a text behind it.
-pub(super) const LINE_END: &[u8] = b"\r\n";
+pub(in crate::ledger) const LINE_END: &[u8] = b"\r\n";
 
 /// Why a reply was not let through.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
