@@ -28,6 +28,12 @@ const SEATS: u64 = 60;
 const PATIENCE: Duration = Duration::from_secs(10);
 /// Tickets that a user may hold of one event: what a run may want, so that the limit is looked at and never reached.
 const PER_EVENT_MAX: &str = "8";
+/// Locks that a user may ask for in an event: twice what is so by default, which 64 users over 50 events meet now and then
+/// where a cycle takes less than 50 us. The same for the service, and for the scripts that are called without it.
+const RATE: &str = "20/s burst 40";
+const INTERVAL_US: &str = "50000";
+const BURST_US: &str = "2000000";
+const BURST_MS: &str = "2000";
 
 /// What one run came to.
 struct Measured {
@@ -261,19 +267,19 @@ impl Floor {
                 let (event, category) = event_and_category(places.next());
                 let id = LockId::generate(EventId::new(event)?).to_string();
                 let (user, category) = (user.to_string(), category.to_string());
-                let keys = ["counts", "deadlines", "ended", "settling", "sold", "holders"]
-                    .map(|name| format!("seatlock:{{e:{event}}}:{name}"));
+                let keys =
+                    ["book", "deadlines", "ended", "settling"].map(|name| format!("seatlock:{{e:{event}}}:{name}"));
                 let own = format!("seatlock:{{e:{event}}}:lock:{id}");
                 let rate = format!("seatlock:{{e:{event}}}:rate:{user}");
                 let channel = format!("seatlock:{{e:{event}}}:changes");
                 let keys = keys.each_ref().map(String::as_str);
                 let session = "00000000000000000000000000000000";
-                let mut parts = vec!["EVALSHA", lock, "9"];
-                parts.extend(keys);
-                parts.extend([own.as_str(), &own, &rate, &channel, &id, &user, &category, "1", "300000", "86400000"]);
-                parts.extend([PER_EVENT_MAX, "100000", "20", session, "1", ""]);
+                let mut parts = vec!["EVALSHA", lock, "5"];
+                parts.extend(&keys[..3]);
+                parts.extend([own.as_str(), &rate, &channel, &id, &user, &category, "1", "300000", "86400000"]);
+                parts.extend([PER_EVENT_MAX, INTERVAL_US, BURST_US, BURST_MS, session, "1"]);
                 self.command(&parts);
-                let mut parts = vec!["EVALSHA".to_owned(), release.to_owned(), "7".to_owned()];
+                let mut parts = vec!["EVALSHA".to_owned(), release.to_owned(), "5".to_owned()];
                 parts.extend(keys.map(str::to_owned));
                 parts.extend([own, channel, id, "owner".to_owned(), user, session.to_owned()]);
                 locks.push(parts);
@@ -331,8 +337,9 @@ async fn peer(redis: &Process, batches: &str, seconds: f64, rounds: usize) -> an
     let env = [
         ("REDIS_PORT", redis.port.to_string()),
         ("PER_EVENT_MAX", PER_EVENT_MAX.to_owned()),
-        ("INTERVAL_US", "100000".to_owned()),
-        ("BURST", "20".to_owned()),
+        ("INTERVAL_US", INTERVAL_US.to_owned()),
+        ("BURST_US", BURST_US.to_owned()),
+        ("BURST_MS", BURST_MS.to_owned()),
         ("AUTO_PIPELINING", batches.to_owned()),
     ];
     let node = Process::node("locks.js", &env)?;
@@ -344,8 +351,7 @@ pub async fn run(wanted: &Wanted, folder: &Path) -> anyhow::Result<()> {
     let (seconds, rounds) = if wanted.quick { (0.4, 1) } else { (4.0, 5) };
     let seats = catalogue(folder, EVENTS, CATEGORIES, SEATS)?;
     let redis = Process::redis(folder)?;
-    // The rate is limited as by default: 64 users over 50 events do not meet it.
-    let limits = [("SEATLOCK_MAX_PER_EVENT", PER_EVENT_MAX)];
+    let limits = [("SEATLOCK_MAX_PER_EVENT", PER_EVENT_MAX), ("SEATLOCK_RATE_LIMIT", RATE)];
     let service = Process::service(&wanted.service, &redis, &seats, &limits)?;
     let mut ours = LocalSet::new().run_until(cycles(&service, &redis, seconds, rounds)).await.context("the service")?;
     service.stop()?;

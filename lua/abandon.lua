@@ -1,11 +1,8 @@
 -- abandon: the user's last session ended; each unpinned lock lives a grace more at most.
 --
--- KEYS[1] counts      hash
+-- KEYS[1] book        hash
 -- KEYS[2] deadlines   zset
 -- KEYS[3] ended       zset
--- KEYS[4] settling    zset
--- KEYS[5] sold        zset
--- KEYS[6] holders     hash
 -- ARGV[1] channel     text
 -- ARGV[2] user        integer
 -- ARGV[3] generation  integer the user's presence generation of that end: a lock that has seen a later one is left alone
@@ -24,9 +21,12 @@ for category in string.gmatch(redis.call('HGET', KEYS[1], 'categories') or '', '
     if held.state == 'attended' and held.generation <= generation then
       held.generation = generation
       held.state = 'abandoned'
-      redis.call('ZADD', KEYS[2], int(math.min(held.deadline, now + ARGV[4])), held.member)
+      held.cut = math.max(0, held.deadline - now - ARGV[4])
+      held.deadline = held.deadline - held.cut
       save_held(held)
       moved = moved + 1
+      local due = redis.call('HGET', KEYS[1], 'due_ms')
+      if due and held.deadline < tonumber(due) then redis.call('HSET', KEYS[1], 'due_ms', int(held.deadline)) end
     end
   end
 end

@@ -1,11 +1,10 @@
 -- accept: store a stock snapshot, and take out of `settling` what it shows, in one step.
 --
--- KEYS[1] counts     hash
+-- KEYS[1] book       hash
 -- KEYS[2] deadlines  zset
 -- KEYS[3] ended      zset
 -- KEYS[4] settling   zset
 -- KEYS[5] sold       zset
--- KEYS[6] holders    hash
 -- ARGV[1] channel    text
 -- ARGV[2] number     integer  drawn before the events-service was asked
 -- ARGV[3..] four for each category: category, total, stock, open ("1" or "0")
@@ -44,7 +43,7 @@ for _, category in ipairs(categories) do
   local news, row = told[category], load(category)
   local out = settled[category] or 0
   if not row or out > 0 or row.total ~= news.total or row.stock ~= news.stock or row.open ~= news.open then
-    row = row or { category = category, active = 0, settling = 0, version = '0' }
+    row = row or { category = category, active = 0, settling = 0, version = '0', users = 0, released = 0 }
     row.total, row.stock, row.open = news.total, news.stock, news.open
     row.settling = math.max(0, row.settling - out)
     save(row, '')

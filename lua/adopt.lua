@@ -1,11 +1,8 @@
 -- adopt: a session of the user began; abandoned locks get their deadline back.
 --
--- KEYS[1] counts      hash
+-- KEYS[1] book        hash
 -- KEYS[2] deadlines   zset
 -- KEYS[3] ended       zset
--- KEYS[4] settling    zset
--- KEYS[5] sold        zset
--- KEYS[6] holders     hash
 -- ARGV[1] channel     text
 -- ARGV[2] user        integer
 -- ARGV[3] generation  integer the user's presence generation of that session
@@ -24,8 +21,7 @@ for category in string.gmatch(redis.call('HGET', KEYS[1], 'categories') or '', '
       held.generation = generation
       if held.state == 'abandoned' then
         held.state = 'attended'
-        held.deadline = held.full
-        redis.call('ZADD', KEYS[2], int(held.deadline), held.member)
+        held.deadline, held.cut = held.deadline + held.cut, 0
       end
       save_held(held)
     end

@@ -2,12 +2,11 @@
 --
 -- Confirmed locks whose order was never reported are marked first, so that the answer takes them out of `settling`.
 --
--- KEYS[1] counts      hash
+-- KEYS[1] book        hash
 -- KEYS[2] deadlines   zset
 -- KEYS[3] ended       zset
 -- KEYS[4] settling    zset
 -- KEYS[5] sold        zset
--- KEYS[6] holders     hash
 -- ARGV[1] channel     text
 -- ARGV[2] age_min_ms  integer a stored snapshot at most so old is fresh enough; 0 = none is
 --

@@ -1,11 +1,8 @@
 -- availability: the counts of every category of the event.
 --
--- KEYS[1] counts      hash
+-- KEYS[1] book        hash
 -- KEYS[2] deadlines   zset
 -- KEYS[3] ended       zset
--- KEYS[4] settling    zset
--- KEYS[5] sold        zset
--- KEYS[6] holders     hash
 -- ARGV[1] channel     text
 -- ARGV[2] age_max_ms  integer the oldest snapshot that will do
 --
@@ -20,6 +17,7 @@ local stored = redis.call('HGET', KEYS[1], 'stored_ms')
 if not stored or now - stored > tonumber(ARGV[2]) then return {'stock_unknown'} end
 local reply = {'known', now}
 for category in string.gmatch(redis.call('HGET', KEYS[1], 'categories') or '', '%S+') do
-  reply[#reply + 1] = {category, redis.call('HGET', KEYS[1], category)}
+  local row = load(category)
+  reply[#reply + 1] = {category, table.concat({row.stock, row.total, row.open, row.active, row.settling, row.version}, ' ')}
 end
 return reply

@@ -1,8 +1,8 @@
 -- bury: forget expired locks whose tombstone is old enough.
 --
 -- KEYS[1] ended    zset
--- KEYS[2] holders  hash
--- KEYS[3..] lock   hash   of each member of ARGV, in the same order
+-- KEYS[2] book     hash
+-- KEYS[3..] lock   string  of each member of ARGV, in the same order
 -- ARGV[1..] member text   of `ended`
 --
 -- RETURNS

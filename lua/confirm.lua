@@ -1,13 +1,11 @@
 -- confirm: turn an active lock into a sale that is being settled.
 --
--- KEYS[1] counts      hash
+-- KEYS[1] book        hash
 -- KEYS[2] deadlines   zset
 -- KEYS[3] ended       zset
 -- KEYS[4] settling    zset
--- KEYS[5] sold        zset
--- KEYS[6] holders     hash
--- KEYS[7] lock        hash
--- KEYS[8] order       string  what is remembered of the order; KEYS[7] again when none is said
+-- KEYS[5] lock        string
+-- KEYS[6] order       string  what is remembered of the order; KEYS[5] again when none is said
 -- ARGV[1] channel     text
 -- ARGV[2] lock        text
 -- ARGV[3] user        integer "" when the caller does not say
@@ -23,13 +21,14 @@
 -- COST O(log n) in active locks of the event; 7 reads, 11 writes, 2 publishes.
 
 expire_due()
-local lock = redis.call('HMGET', KEYS[7], 'u', 'c', 'q', 'status', 'order', 't')
-local user, category, quantity, status, order = lock[1], lock[2], lock[3], lock[4], lock[5]
-if not user then return {'not_found'} end
+local text = redis.call('GET', KEYS[5])
+if not text then return {'not_found'} end
+local facts, user, category, quantity, created, ended = string.match(text, FACTS)
+local status, _, _, order = string.match(ended, END)
 if ARGV[3] ~= '' and ARGV[3] ~= user then return {'wrong_user'} end
 local member = member_of(ARGV[2], category, quantity, user)
 if status == 'confirmed' then
-  if order and order ~= '' and ARGV[4] ~= '' and order ~= ARGV[4] then return {'other_order'} end
+  if order ~= '' and ARGV[4] ~= '' and order ~= ARGV[4] then return {'other_order'} end
   -- Whoever asks again is still at work on the order.
   if redis.call('ZSCORE', KEYS[4], member) then
     redis.call('ZADD', KEYS[4], int(now + ARGV[5]), member)
@@ -37,24 +36,24 @@ if status == 'confirmed' then
   return {'already_confirmed'}
 end
 if status == 'released' then return {'released'} end
-local deadline = redis.call('ZSCORE', KEYS[2], member)
-if not deadline or tonumber(deadline) <= now then return {'expired'} end
-local reported = ARGV[4] ~= '' and redis.call('EXISTS', KEYS[8]) == 1
+local field = user .. ':' .. category
+local held, sums = unpack(redis.call('HMGET', KEYS[1], field, user .. ':'))
+local active, deadline = active_of(held)
+if active ~= ARGV[2] then return {'expired'} end
+local reported = ARGV[4] ~= '' and redis.call('EXISTS', KEYS[6]) == 1
 
 redis.call('ZREM', KEYS[2], member)
 settle(ARGV[2], category, quantity, user, ARGV[4], ARGV[5])
-hold(user, -1, 0, user .. ':' .. category)
-redis.call('HSET', KEYS[7], 'status', 'confirmed', 'order', ARGV[4], 'deadline_ms', deadline)
-redis.call('PEXPIRE', KEYS[7], CONFIRMED_MS)
+local fewer = hold(user, sums, -1, 0, field)
+redis.call('SET', KEYS[5], facts .. ' confirmed ' .. deadline .. ' - ' .. ARGV[4], 'PX', CONFIRMED_MS)
 redis.call('HINCRBY', KEYS[1], '#confirmed', '1')
 local row = load(category)
 if row then
-  row.active = math.max(0, row.active - quantity)
+  row.active, row.users = math.max(0, row.active - quantity), row.users - fewer
   row.settling = row.settling + quantity
   save(row, '')
 end
 tell(user, 'confirmed ' .. ARGV[2] .. (ARGV[4] == '' and '' or ' ' .. ARGV[4]))
 keep(KEYS[1])
 keep(KEYS[4])
-keep(KEYS[6])
-return {reported and 'confirmed_reported' or 'confirmed', now - lock[6]}
+return {reported and 'confirmed_reported' or 'confirmed', now - created}

@@ -1,11 +1,8 @@
 -- locks: a user's active locks in the event.
 --
--- KEYS[1] counts     hash
+-- KEYS[1] book       hash
 -- KEYS[2] deadlines  zset
 -- KEYS[3] ended      zset
--- KEYS[4] settling   zset
--- KEYS[5] sold       zset
--- KEYS[6] holders    hash
 -- ARGV[1] channel    text
 -- ARGV[2] user       integer
 --

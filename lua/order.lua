@@ -4,13 +4,12 @@
 -- shows the sale and takes them out of `settling`. What no lock covers waits there under the order's own name. A
 -- cancelled order's locks leave in the same way.
 --
--- KEYS[1] counts     hash
+-- KEYS[1] book       hash
 -- KEYS[2] deadlines  zset
 -- KEYS[3] ended      zset
 -- KEYS[4] settling   zset
 -- KEYS[5] sold       zset
--- KEYS[6] holders    hash
--- KEYS[7] order      string  "result category user matched unmatched"
+-- KEYS[6] order      string  "result category user matched unmatched"
 -- ARGV[1] channel    text
 -- ARGV[2] order      text
 -- ARGV[3] category   integer
@@ -32,12 +31,12 @@
 expire_due()
 local order, category, quantity, user = ARGV[2], ARGV[3], tonumber(ARGV[4]), ARGV[5]
 local named, completed = ARGV[6], ARGV[7] == 'completed'
-local record = redis.call('GET', KEYS[7])
+local record = redis.call('GET', KEYS[6])
 local result, its_category, its_user, matched_before, unmatched_before =
   string.match(record or 'none 0 0 0 0', '^(%a+) (%d+) (%d+) (%d+) (%d+)$')
 if record and (its_category ~= category or its_user ~= user) then return {'repeated'} end
 local function remember(what, matched, unmatched)
-  redis.call('SET', KEYS[7], table.concat({what, category, user, int(matched), int(unmatched)}, ' '), 'PX', CONFIRMED_MS)
+  redis.call('SET', KEYS[6], table.concat({what, category, user, int(matched), int(unmatched)}, ' '), 'PX', CONFIRMED_MS)
 end
 if not completed and result == 'cancelled' then return {'repeated'} end
 
@@ -77,7 +76,7 @@ local matched, row = 0, load(category)
 for _, waiting in ipairs(fits) do matched = matched + waiting.quantity end
 
 if not completed then
-  hold(user, 0, -(matched + matched_before))
+  hold(user, redis.call('HGET', KEYS[1], user .. ':'), 0, -(matched + matched_before))
   remember('cancelled', 0, 0)
   if row and (record or matched > 0) then save(row, ' cancelled:' .. ARGV[4] .. ':' .. user) end
   return {'noted'}

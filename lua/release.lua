@@ -1,62 +1,68 @@
 -- release: end a lock before its deadline, for its owner or for the orders-service.
 --
--- KEYS[1] counts     hash
+-- KEYS[1] book       hash
 -- KEYS[2] deadlines  zset
 -- KEYS[3] ended      zset
 -- KEYS[4] settling   zset
--- KEYS[5] sold       zset
--- KEYS[6] holders    hash
--- KEYS[7] lock       hash
+-- KEYS[5] lock       string
 -- ARGV[1] channel    text
 -- ARGV[2] lock       text
 -- ARGV[3] by         text    "owner": active locks only. "orders": also a confirmed one whose order is not reported
 -- ARGV[4] user       integer "" when the caller does not say
--- ARGV[5] session    text    the owner's socket that has its own answer; "" when none
+-- ARGV[5] session    text    the owner's socket that has its own answer; "-" when none
 --
--- RETURNS one of
---   {"released", "user category quantity created_ms deadline_ms held_ms", session, order}   held_ms: how long it was active,
---                                      -1 when it had been confirmed
---   {"already_released", "user category quantity created_ms deadline_ms -1", session, order}   by the same releaser; nothing
+-- RETURNS one of the texts
+--   "released user category quantity created_ms version session deadline_ms ended_ms order"   session: a dash for none;
+--                                      ended_ms: now, or -1 when it had been confirmed; order: nothing for none
+--   "already_released user category quantity created_ms version session deadline_ms -1 order"   by the same releaser; nothing
 --                                      changed
---   {"released_by_other"} {"confirmed"} {"wrong_user"} {"expired"} {"not_found"}        nothing changed
+--   "released_by_other" "confirmed" "wrong_user" "expired" "not_found"        nothing changed
 --
--- COST O(log n) in active locks of the event; 5 reads, 7 writes, 2 publishes.
+-- COST O(log n) in active locks of the event; 3 reads, 4 writes, 2 publishes.
 
-expire_due()
-local user, category, quantity, created, session, status =
-  unpack(redis.call('HMGET', KEYS[7], 'u', 'c', 'q', 't', 's', 'status'))
-if not user then return {'not_found'} end
-if ARGV[4] ~= '' and ARGV[4] ~= user then return {'wrong_user'} end
-local member = member_of(ARGV[2], category, quantity, user)
-local facts = user .. ' ' .. category .. ' ' .. quantity .. ' ' .. created .. ' '
-local deadline, order, held = nil, '', '-1'
-local row = load(category)
+local text = redis.call('GET', KEYS[5])
+if not text then
+  expire_due()
+  return 'not_found'
+end
+local facts, user, category, quantity, created, ended = string.match(text, FACTS)
+local field, member = user .. ':' .. category, ARGV[2] .. '|' .. category .. '|' .. quantity .. '|' .. user
+local _, counts, held, sums = read(category, field, user .. ':')
+local row, fewer, status, deadline, releaser, order = load(category, counts), 0
+local ended_ms = '-1'
+if ARGV[4] ~= '' and ARGV[4] ~= user then return 'wrong_user' end
 
-if status then
-  local ended = redis.call('HMGET', KEYS[7], 'deadline_ms', 'order', 'releaser')
-  deadline, order = ended[1], ended[2] or ''
-  if status == 'released' then
-    if ended[3] ~= ARGV[3] then return {'released_by_other'} end
-    return {'already_released', facts .. deadline .. ' ' .. held, session, order}
+if ended == '' then
+  status, deadline = active_of(held)
+  if status ~= ARGV[2] then return 'expired' end
+  ended_ms, order = now_text, ''
+  redis.call('ZREM', KEYS[2], member)
+  if sums == '1 ' .. quantity then
+    fewer = 1
+    redis.call('HDEL', KEYS[1], field, user .. ':')
+  else
+    fewer = hold(user, sums, -1, -quantity, field)
   end
-  if ARGV[3] == 'owner' or not redis.call('ZSCORE', KEYS[4], member) then return {'confirmed'} end
-  redis.call('ZREM', KEYS[4], member)
+  if row then row.active = math.max(0, row.active - quantity) end
+else
+  status, deadline, releaser, order = string.match(ended, END)
+  if status == 'released' then
+    if releaser ~= ARGV[3] then return 'released_by_other' end
+    return 'already_released ' .. facts .. ' ' .. deadline .. ' -1 ' .. order
+  end
+  if ARGV[3] == 'owner' or redis.call('ZREM', KEYS[4], member) == 0 then return 'confirmed' end
   stop_waiting(user, category, ARGV[2])
   redis.call('HINCRBY', KEYS[1], '#confirmed', '-1')
-  hold(user, 0, -quantity)
+  hold(user, sums, 0, -quantity)
   if row then row.settling = math.max(0, row.settling - quantity) end
-else
-  deadline = redis.call('ZSCORE', KEYS[2], member)
-  if not deadline or tonumber(deadline) <= now then return {'expired'} end
-  held = now - created
-  redis.call('ZREM', KEYS[2], member)
-  hold(user, -1, -quantity, user .. ':' .. category)
-  if row then row.active = math.max(0, row.active - quantity) end
 end
-redis.call('HINCRBY', KEYS[1], '#released', '1')
-redis.call('HSET', KEYS[7], 'status', 'released', 'releaser', ARGV[3], 'deadline_ms', deadline)
-redis.call('PEXPIRE', KEYS[7], TOMBSTONE_MS)
+redis.call('SET', KEYS[5], facts .. ' released ' .. deadline .. ' ' .. ARGV[3] .. ' ' .. order, 'PX', TOMBSTONE_MS)
 -- The counts have the lifetime that the lock gave them, unless they were lost since.
-if row then save(row, ' released:' .. quantity .. ':' .. user) else keep(KEYS[1]) end
-tell(user, 'released ' .. ARGV[2] .. ' ' .. category .. ' ' .. quantity .. ' released ' .. (ARGV[5] == '' and '-' or ARGV[5]))
-return {'released', facts .. deadline .. ' ' .. held, session, order}
+if row then
+  row.users, row.released = row.users - fewer, row.released + 1
+  save(row, ' released:' .. quantity .. ':' .. user)
+else
+  redis.call('PEXPIRE', KEYS[1], KEEP_MS)
+end
+tell(user, 'released ' .. ARGV[2] .. ' ' .. category .. ' ' .. quantity .. ' released ' .. ARGV[5])
+return 'released ' .. facts .. ' ' .. deadline .. ' ' .. ended_ms .. ' ' .. order

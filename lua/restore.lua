@@ -1,14 +1,12 @@
 -- restore: write down again a lock that a replica remembers and that the ledger may have lost with its data.
 --
--- KEYS[1] counts      hash
+-- KEYS[1] book        hash
 -- KEYS[2] deadlines   zset
 -- KEYS[3] ended       zset
 -- KEYS[4] settling    zset
--- KEYS[5] sold        zset
--- KEYS[6] holders     hash
--- KEYS[7] lock        hash
--- KEYS[8] request     string  KEYS[7] again when there is none
--- KEYS[9] order       string  what is remembered of the order that confirmed it; KEYS[7] again when there is none
+-- KEYS[5] lock        string
+-- KEYS[6] request     string  KEYS[5] again when there is none
+-- KEYS[7] order       string  what is remembered of the order that confirmed it; KEYS[5] again when there is none
 -- ARGV[1] channel     text
 -- ARGV[2] lock        text
 -- ARGV[3] user        integer
@@ -17,12 +15,12 @@
 -- ARGV[6] created_ms  integer this and the next are instants that the ledger itself once gave
 -- ARGV[7] deadline_ms integer
 -- ARGV[8] age_max_ms  integer the oldest snapshot that may decide
--- ARGV[9] session     text    "" when none
+-- ARGV[9] session     text    "-" when none
 -- ARGV[10] generation integer the user's presence generation
 -- ARGV[11] state      text    "attended", "pinned" or "confirmed"
 -- ARGV[12] order      text    the order that confirmed it, "" when not said
 -- ARGV[13] settle_ms  integer a confirmed lock's order must be reported within this
--- ARGV[14] request    text    "1" when KEYS[8] is a request's
+-- ARGV[14] request    text    "1" when KEYS[6] is a request's
 --
 -- RETURNS one of
 --   {"restored"}
@@ -37,11 +35,11 @@
 expire_due()
 local id, user, category, quantity, state = ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[5]), ARGV[11]
 local deadline = tonumber(ARGV[7])
-if redis.call('EXISTS', KEYS[7]) == 1 then return {'known'} end
+if redis.call('EXISTS', KEYS[5]) == 1 then return {'known'} end
 if state ~= 'confirmed' and deadline <= now then return {'expired'} end
-local stored = redis.call('HGET', KEYS[1], 'stored_ms')
+local due, counts, text, sums, stored = read(category, user .. ':' .. category, user .. ':', 'stored_ms')
 if not stored or now - stored > tonumber(ARGV[8]) then return {'stock_unknown'} end
-local row = load(category)
+local row = load(category, counts)
 -- A closed category lets no new lock in, but keeps those that it had.
 if not row or row.stock - row.active - row.settling < quantity then return {'no_room'} end
 
@@ -49,27 +47,20 @@ if state == 'confirmed' then
   row.settling = row.settling + quantity
   save(row, '')
   settle(id, category, quantity, user, ARGV[12], ARGV[13])
-  hold(user, 0, quantity)
+  hold(user, sums, 0, quantity)
   redis.call('HINCRBY', KEYS[1], '#confirmed', '1')
-  redis.call('HSET', KEYS[7], 'u', user, 'c', category, 'q', ARGV[5], 't', ARGV[6], 'v', row.version, 's', ARGV[9],
-    'status', 'confirmed', 'order', ARGV[12], 'deadline_ms', ARGV[7])
-  redis.call('PEXPIRE', KEYS[7], CONFIRMED_MS)
+  local facts = {user, category, ARGV[5], ARGV[6], row.version, ARGV[9], 'confirmed', ARGV[7], '-', ARGV[12]}
+  redis.call('SET', KEYS[5], table.concat(facts, ' '), 'PX', CONFIRMED_MS)
   keep(KEYS[1])
   keep(KEYS[4])
-  keep(KEYS[6])
-  local reported = ARGV[12] ~= '' and redis.call('EXISTS', KEYS[9]) == 1
+  local reported = ARGV[12] ~= '' and redis.call('EXISTS', KEYS[7]) == 1
   return {reported and 'restored_reported' or 'restored'}
 end
 
-local held = held_lock(user, category)
-if held and held.active then return {'no_room'} end
-row.active = row.active + quantity
-save(row, '')
-local sums, kept = unpack(redis.call('HMGET', KEYS[6], user, 'kept_ms'))
-local locks, tickets = sums_of(sums)
-write_lock(row, ARGV[6], ARGV[7], ARGV[10], state, ARGV[9], locks, tickets, kept)
+if active_of(text) then return {'no_room'} end
+write_lock(KEYS[5], row, '', ARGV[6], ARGV[7], ARGV[10], state, ARGV[9], due, sums)
 if ARGV[14] == '1' then
-  redis.call('SET', KEYS[8], id .. ' ' .. category .. ' ' .. ARGV[5] .. ' ' .. row.version, 'PX',
+  redis.call('SET', KEYS[6], id .. ' ' .. category .. ' ' .. ARGV[5] .. ' ' .. row.version, 'PX',
     int(deadline - now + TOMBSTONE_MS))
 end
 return {'restored'}

@@ -1,11 +1,10 @@
 -- sweep: end what is due in the event, warn owners, say what else is to do and when to come again.
 --
--- KEYS[1] counts      hash
+-- KEYS[1] book        hash
 -- KEYS[2] deadlines   zset
 -- KEYS[3] ended       zset
 -- KEYS[4] settling    zset
 -- KEYS[5] sold        zset
--- KEYS[6] holders     hash
 -- ARGV[1] channel     text
 -- ARGV[2] warning_ms  integer how long before its deadline a lock's owner is warned
 --
@@ -19,8 +18,8 @@
 -- COST O(log n + d) in active locks and what is due (1,000 of each kind at most); 6 reads and a few writes a due lock.
 
 local expired = expire_due()
-if expired == 0 then catch_up() end
-local left = redis.call('HEXISTS', KEYS[6], '-')
+if expired == 0 then expire_due(true) end
+local left = redis.call('HEXISTS', KEYS[1], '-')
 local ends = redis.call('HGET', KEYS[1], '#ends')
 if ends then redis.call('HDEL', KEYS[1], '#ends') end
 
@@ -50,20 +49,22 @@ else
 end
 
 local function head(key, from, shift)
-  local first = redis.call('ZRANGEBYSCORE', key, from, '+inf', 'WITHSCORES', 'LIMIT', '0', '1')
+  local first = redis.call('ZRANGEBYSCORE', key, from, '(inf', 'WITHSCORES', 'LIMIT', '0', '1')
   return first[2] and math.max(0, first[2] + shift - now)
 end
 local old = redis.call('ZRANGEBYSCORE', KEYS[3], '-inf', int(now - TOMBSTONE_MS), 'LIMIT', '0', int(BATCH))
 local next_ms = left == 1 and 0 or -1
+local first = head(KEYS[2], '-inf', 0)
 for _, due in pairs({
-  a = head(KEYS[2], '-inf', 0), b = head(KEYS[2], '(' .. int(warned), -warning), c = head(KEYS[4], '-inf', 0),
+  a = first, b = head(KEYS[2], '(' .. int(warned), -warning), c = head(KEYS[4], '-inf', 0),
   d = head(KEYS[3], '-inf', TOMBSTONE_MS),
 }) do
   if next_ms < 0 or due < next_ms then next_ms = due end
 end
-if redis.call('EXISTS', KEYS[2]) == 1 then
+if first then
   redis.call('HSET', KEYS[1], 'warned_ms', int(warned))
   keep(KEYS[1])
+  keep(KEYS[2])
 end
 local late = redis.call('ZCOUNT', KEYS[4], '-inf', int(now))
 local refresh = (late > 0 or redis.call('EXISTS', KEYS[5]) == 1) and 1 or 0

@@ -1,6 +1,6 @@
 -- tally: one event's counts for the fleet's statistics.
 --
--- KEYS[1] counts     hash
+-- KEYS[1] book       hash
 -- KEYS[2] deadlines  zset
 --
 -- RETURNS
@@ -8,13 +8,14 @@
 --
 -- COST O(c) in categories of the event; 3 + c reads.
 
-local ended = redis.call('HMGET', KEYS[1], '#expired', '#confirmed', '#released', '#users', 'categories')
-local locked = 0
-for category in string.gmatch(ended[5] or '', '%S+') do
-  local active = string.match(redis.call('HGET', KEYS[1], category) or '', '^%d+ %d+ [01] (%d+)')
-  if active and active ~= '0' then locked = locked + 1 end
+local expired, confirmed, categories = unpack(redis.call('HMGET', KEYS[1], '#expired', '#confirmed', 'categories'))
+local sum = { users = 0, released = 0, locked = 0 }
+for category in string.gmatch(categories or '', '%S+') do
+  local text = redis.call('HGET', KEYS[1], category)
+  local active, users, released = string.match(text, '^%d+ %d+ [01] (%d+) %d+ %d+ (%S+) (%d+)$')
+  sum.users, sum.released = sum.users + users, sum.released + released
+  if active ~= '0' then sum.locked = sum.locked + 1 end
 end
 return {
-  'tally', redis.call('ZCARD', KEYS[2]), tonumber(ended[1] or 0), tonumber(ended[2] or 0), tonumber(ended[3] or 0),
-  tonumber(ended[4] or 0), locked,
+  'tally', redis.call('ZCOUNT', KEYS[2], '-inf', '(inf'), tonumber(expired or 0), tonumber(confirmed or 0), sum.released, sum.users, sum.locked,
 }

@@ -1,11 +1,8 @@
 -- validate: find a user's active lock of a category for an order, and pin it.
 --
--- KEYS[1] counts     hash
+-- KEYS[1] book       hash
 -- KEYS[2] deadlines  zset
 -- KEYS[3] ended      zset
--- KEYS[4] settling   zset
--- KEYS[5] sold       zset
--- KEYS[6] holders    hash
 -- ARGV[1] channel    text
 -- ARGV[2] user       integer
 -- ARGV[3] category   integer
@@ -24,11 +21,10 @@ if not held then return {'not_found'} end
 if not held.active then return {'expired'} end
 if held.quantity < tonumber(ARGV[4]) then return {'not_found'} end
 
-local deadline = math.max(held.deadline, now + ARGV[5])
+held.deadline = math.max(held.deadline, now + ARGV[5])
 held.state = 'pinned'
-redis.call('ZADD', KEYS[2], int(deadline), held.member)
 save_held(held)
-tell(held.user, 'pinned ' .. held.lock .. ' ' .. int(deadline))
+tell(held.user, 'pinned ' .. held.lock .. ' ' .. int(held.deadline))
 keep(KEYS[2])
-keep(KEYS[6])
-return {'valid', held.lock, deadline}
+keep(KEYS[1])
+return {'valid', held.lock, held.deadline}

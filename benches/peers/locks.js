@@ -24,14 +24,14 @@ function joined(name) {
 
 redis.defineCommand('touch_', { numberOfKeys: 2, lua: text('touch') });
 redis.defineCommand('visit_', { numberOfKeys: 1, lua: text('visit') });
-redis.defineCommand('lock_', { numberOfKeys: 9, lua: joined('lock') });
-redis.defineCommand('release_', { numberOfKeys: 7, lua: joined('release') });
+redis.defineCommand('lock_', { numberOfKeys: 5, lua: joined('lock') });
+redis.defineCommand('release_', { numberOfKeys: 5, lua: joined('release') });
 
 const TTL_MS = 300_000;
 const DAY_MS = 86_400_000;
 
-const keysOf = (event) =>
-  ['counts', 'deadlines', 'ended', 'settling', 'sold', 'holders'].map((name) => `seatlock:{e:${event}}:${name}`);
+const keysOf = (event, ...more) =>
+  ['book', 'deadlines', 'ended', ...more].map((name) => `seatlock:{e:${event}}:${name}`);
 
 // A version 8 UUID with the event in 53 of its bits, as the service makes them.
 function lockId(event) {
@@ -60,22 +60,22 @@ function unlessRecent(key, write) {
 
 async function lock(user, session, { eventId, categoryId, quantity }) {
   const id = lockId(eventId);
-  const key = `seatlock:{e:${eventId}}:lock:${id}`;
   const [, , said] = await Promise.all([
     unlessRecent(eventId, () =>
       redis.touch_('seatlock:{fleet}:due', 'seatlock:{fleet}:events', eventId, TTL_MS - 60_000)),
     unlessRecent(`${user} ${eventId}`, () => redis.visit_(`seatlock:{u:${user}}`, eventId)),
-    redis.lock_(...keysOf(eventId), key, key, `seatlock:{e:${eventId}}:rate:${user}`,
-      `seatlock:{e:${eventId}}:changes`, id, user, categoryId, quantity, TTL_MS, DAY_MS, process.env.PER_EVENT_MAX,
-      process.env.INTERVAL_US, process.env.BURST, session, 1, ''),
+    redis.lock_(...keysOf(eventId, `lock:${id}`, `rate:${user}`), `seatlock:{e:${eventId}}:changes`, id, user, categoryId,
+      quantity, TTL_MS, DAY_MS, process.env.PER_EVENT_MAX, process.env.INTERVAL_US, process.env.BURST_US,
+      process.env.BURST_MS, session, 1),
   ]);
-  if (said[0] !== 'granted') return { success: false, code: said[0], message: said[0], eventId, categoryId };
-  const [deadline, available, , now] = said[1].split(' ').map(Number);
+  const [word, ...numbers] = said.split(' ');
+  if (word !== 'granted') return { success: false, code: word, message: word, eventId, categoryId };
+  const [deadline, stock, , , active, settling, , now] = numbers.map(Number);
   return {
     success: true,
     lockId: id,
     expiresAt: new Date(deadline).toISOString(),
-    availableTickets: available,
+    availableTickets: stock - active - settling,
     eventId,
     categoryId,
     quantity,
@@ -85,9 +85,9 @@ async function lock(user, session, { eventId, categoryId, quantity }) {
 
 async function unlock(user, session, { lockId: id }) {
   const event = eventOf(id);
-  const said = await redis.release_(...keysOf(event), `seatlock:{e:${event}}:lock:${id}`,
-    `seatlock:{e:${event}}:changes`, id, 'owner', user, session);
-  if (said[0] !== 'released') return { success: false, code: 'lock_not_found', message: 'No tickets found to unlock' };
+  const said = await redis.release_(...keysOf(event, 'settling', `lock:${id}`), `seatlock:{e:${event}}:changes`, id,
+    'owner', user, session);
+  if (!said.startsWith('released ')) return { success: false, code: 'lock_not_found', message: 'No tickets found to unlock' };
   return { success: true, message: 'Tickets unlocked successfully', lockId: id };
 }
 

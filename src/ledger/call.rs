@@ -1,6 +1,6 @@
 //! What a script is called with: keys and arguments, written down as they are sent.
 //!
-//! A lock has some twenty-five of both. A text of its own for each, or all of them written twice, would cost the service as
+//! A lock has some twenty of both. A text of its own for each, or all of them written twice, would cost the service as
 //! much as all else it does for the call.
 
 use std::fmt::{self, Display, Write as _};
@@ -10,6 +10,7 @@ use bytes::Bytes;
 
 use super::driver::LINE_END;
 use super::key;
+use super::script::Script;
 use crate::domain::EventId;
 
 /// Room for the length of a word in front of it, which has two digits of nearly every one.
@@ -81,13 +82,14 @@ impl Call {
         Self { words, keys: 0, args: 0, first_key: 0..0, tag: 0..0 }
     }
 
-    /// About an event: its six keys come first, and its channel is the first argument.
-    pub(super) fn about(event: EventId) -> Self {
-        let mut call = Self { words: Words(Vec::with_capacity(896)), ..Self::new() };
+    /// Of a script about an event: those of its keys that the script takes come first, and its channel is the first
+    /// argument.
+    pub(super) fn about(event: EventId, script: &Script) -> Self {
+        let mut call = Self { words: Words(Vec::with_capacity(640)), ..Self::new() };
         let [first, others @ ..] = key::OF_EVENT;
         call = call.key(key::of_event(event, first));
         call.tag = call.first_key.start..call.first_key.end - first.len();
-        others.into_iter().fold(call, |call, name| call.own(name, ""))
+        others.into_iter().take(script.of_event.saturating_sub(1)).fold(call, |call, name| call.own(name, ""))
     }
 
     /// Adds a key.
@@ -183,6 +185,7 @@ impl ClosedCall {
 
 #[cfg(test)]
 mod tests {
+    use super::super::script;
     use super::*;
 
     fn sent(words: &[&str]) -> String {
@@ -192,16 +195,16 @@ mod tests {
     #[test]
     fn keys_and_arguments_keep_their_order_and_their_bounds() {
         let event = EventId::new(7).expect("an id");
-        let call = Call::about(event).key("a").own("rate:", 12).arg("").number(12).args(["d", "ef"]);
-        assert_eq!(call.count(), (8, 5));
+        let call = Call::about(event, &script::ORDER).key("a").own("rate:", 12).arg("").number(12).args(["d", "ef"]);
+        assert_eq!(call.count(), (7, 5));
         let call = call.close();
-        assert_eq!((call.keys, call.args, call.first_key()), (8, 5, "seatlock:{e:7}:counts"));
+        assert_eq!((call.keys, call.args, call.first_key()), (7, 5, "seatlock:{e:7}:book"));
         let own = key::OF_EVENT.map(|name| format!("seatlock:{{e:7}}:{name}"));
         let mut words: Vec<&str> = own.iter().map(String::as_str).collect();
         words.extend(["a", "seatlock:{e:7}:rate:12", "seatlock:{e:7}:changes", "", "12", "d", "ef"]);
         assert_eq!(String::from_utf8_lossy(&call.words), sent(&words));
-        let bare = Call::about(event).close();
-        assert_eq!((bare.keys, bare.args), (6, 1), "the channel is always there");
+        let bare = Call::about(event, &script::LOCK).close();
+        assert_eq!((bare.keys, bare.args), (3, 1), "the channel is always there");
         let nothing = Call::new().close();
         assert_eq!((nothing.keys, nothing.args, nothing.first_key(), nothing.words.len()), (0, 0, "", 0));
     }

@@ -1,10 +1,12 @@
 //! What Redis sends: notices and the replies of scripts.
 
+use std::time::Duration;
+
 use super::driver::{self, Reply};
 use super::notice::{read_change, read_expired, read_personal, write_personal};
 use super::reply::{self, Parts};
 use super::script::Script;
-use crate::domain::{EventId, LockId, UserId};
+use crate::domain::{CategoryId, EventId, LockId, LockRequest, Quantity, UserId};
 
 /// Lists within lists that a reply is built with at most.
 const DEPTH_MAX: usize = 8;
@@ -27,14 +29,29 @@ pub fn replies(data: &[u8]) {
     let parts = |script: &'static &'static Script| Parts::new(script, reply.clone());
     let (Ok(event), Ok(user)) = (EventId::new(7), UserId::new(7)) else { return };
     let id = LockId::generate(event);
+    let (Ok(category), Ok(quantity)) = (CategoryId::new(7), Quantity::new(7)) else { return };
+    let request = LockRequest {
+        lock: id,
+        user,
+        category,
+        quantity,
+        request: None,
+        session: None,
+        generation: 0,
+        ttl: Duration::ZERO,
+        stock_age_max: Duration::ZERO,
+        per_event_max: None,
+        rate: None,
+    };
+    if let Some(said) = Reply::of(format!("${}\r\n{text}\r\n", text.len())) {
+        drop((reply::lock(&said, &request), reply::release(&said, id)));
+    }
     for script in Script::ALL {
         let Ok(parts) = parts(script) else { return };
         match script.name {
-            "lock" => drop(reply::lock(parts, id)),
             "restore" => drop(reply::restore(&parts)),
             "validate" => drop(reply::validate(parts)),
             "confirm" => drop(reply::confirm(parts)),
-            "release" => drop(reply::release(parts, id)),
             "find" => drop(reply::find(parts, id)),
             "locks" => drop(reply::locks(parts, user)),
             "availability" => drop(reply::availability(parts, event)),

@@ -7,8 +7,8 @@ use std::fmt::{self, Display, Formatter, from_fn};
 
 use crate::domain::{EventId, LockId, RequestId, UserId};
 
-/// The keys that every script of an event takes, in the order of the scripts' `KEYS`.
-pub(super) const OF_EVENT: [&str; 6] = ["counts", "deadlines", "ended", "settling", "sold", "holders"];
+/// The keys that scripts of an event take, in the order of the scripts' `KEYS`: each the first few, as many as it needs.
+pub(super) const OF_EVENT: [&str; 5] = ["book", "deadlines", "ended", "settling", "sold"];
 
 // Piece by piece, which takes half as long as a format of formats.
 fn write_tag(f: &mut Formatter<'_>, event: EventId) -> fmt::Result {
@@ -25,7 +25,7 @@ pub(super) fn of_event(event: EventId, name: &str) -> impl Display {
     })
 }
 
-/// A lock's own hash.
+/// A lock's own key.
 pub(super) fn lock(lock: LockId) -> impl Display {
     from_fn(move |f| {
         write_tag(f, lock.event())?;
@@ -35,7 +35,7 @@ pub(super) fn lock(lock: LockId) -> impl Display {
 }
 
 /// What the other keys of an event are called, with what distinguishes them behind it, see [`super::call::Call::own`]: a
-/// lock's own hash by its id, a user's rate by the user, what is remembered of a reported order by its id.
+/// lock's own key by its id, a user's rate by the user, what is remembered of a reported order by its id.
 pub(super) const LOCK: &str = "lock:";
 pub(super) const RATE: &str = "rate:";
 pub(super) const ORDER: &str = "order:";

@@ -5,10 +5,10 @@
 
 use std::time::Duration;
 
-use super::reply::counts;
+use super::reply::{Row, Words};
 use crate::domain::{
-    CategoryId, Change, ChangeKind, EventId, Instant, LockId, Notice, OrderResult, Personal, Quantity, ReleaseReason,
-    SessionId, UserId,
+    Change, ChangeKind, EventId, Instant, LockId, Notice, OrderResult, Personal, Quantity, ReleaseReason, SessionId,
+    UserId,
 };
 
 /// What a replica can listen to.
@@ -34,12 +34,10 @@ pub enum FeedItem {
 /// Reads `category stock total open active settling version now_ms kind:quantity:user ...`.
 #[must_use]
 pub fn read_change(event: EventId, text: &str) -> Option<Notice> {
-    let mut words = text.splitn(9, ' ');
-    let category: CategoryId = words.next()?.parse().ok()?;
-    let row: Vec<&str> = words.by_ref().take(6).collect();
-    let at = Instant::from_ms(words.next()?.parse().ok()?);
-    let availability = counts(event, category, &row.join(" "), at)?;
-    let changes: Option<Vec<Change>> = words.next().unwrap_or("").split_terminator(' ').map(read_one_change).collect();
+    let mut words = Words::of(text);
+    let (category, row) = (words.read()?, Row::read(&mut words)?);
+    let availability = row.at(event, category, Instant::from_ms(words.read()?));
+    let changes: Option<Vec<Change>> = words.rest().unwrap_or("").split_terminator(' ').map(read_one_change).collect();
     Some(Notice { availability, changes: changes? })
 }
 
@@ -161,7 +159,7 @@ pub fn write_personal(message: &Personal) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::domain::OrderId;
+    use crate::domain::{CategoryId, OrderId};
 
     fn event() -> EventId {
         EventId::new(7).expect("an id")

@@ -45,6 +45,9 @@ const RESTORE_WINDOW: Duration = Duration::from_secs(5);
 /// How many events are read for the statistics. Beyond it the least recently touched are left out.
 const STATS_EVENTS_MAX: usize = 10_000;
 
+/// The longest time that scripts are told in microseconds: added to the time of day it is still a whole number in Lua.
+const WHOLE_US_MAX: u64 = 1 << 52;
+
 /// How many calls are on their way at once for one such answer.
 const PARALLEL: usize = 64;
 
@@ -259,7 +262,7 @@ impl RedisLedger {
     }
 
     async fn count_order(&self, report: &OrderReport, claim: bool) -> Result<OrderReply, LedgerError> {
-        let call = Call::about(report.event)
+        let call = Call::about(report.event, &script::ORDER)
             .own(key::ORDER, &report.order)
             .arg(&report.order)
             .arg(report.category)
@@ -303,7 +306,7 @@ impl RedisLedger {
         let begun = Instant::now();
         let mut expired = 0;
         let swept = loop {
-            let call = Call::about(event).arg(whole_ms(self.options.expiry_warning));
+            let call = Call::about(event, &script::SWEEP).arg(whole_ms(self.options.expiry_warning));
             let swept = reply::sweep(self.run(&script::SWEEP, call).await?)?;
             for members in swept.old.chunks(100) {
                 self.bury(event, members).await?;
@@ -323,7 +326,7 @@ impl RedisLedger {
 
     async fn bury(&self, event: EventId, members: &[String]) -> Result<(), LedgerError> {
         let ids = members.iter().filter_map(|member| member.split('|').next()?.parse::<LockId>().ok());
-        let call = Call::new().key(key::of_event(event, "ended")).key(key::of_event(event, "holders"));
+        let call = Call::new().key(key::of_event(event, "ended")).key(key::of_event(event, "book"));
         let call = ids.map(key::lock).fold(call, Call::key).args(members);
         if call.count() != (members.len() + 2, members.len()) {
             return Err(LedgerError::Protocol { script: script::BURY.name, reply: members.join(" ") });
@@ -379,13 +382,13 @@ impl Ledger for RedisLedger {
         }
         let event = request.event();
         let rate = request.rate.unwrap_or(RateLimit { interval: Duration::ZERO, burst: 1 });
-        let call = Call::about(event).own(key::LOCK, request.lock);
+        let burst = rate.interval.saturating_mul(rate.burst.max(1));
+        let call = Call::about(event, &script::LOCK).own(key::LOCK, request.lock).own(key::RATE, request.user);
         let call = match &request.request {
             Some(name) => call.own(key::REQUEST, key::request(request.user, name)),
-            None => call.own(key::LOCK, request.lock),
+            None => call,
         };
         let call = call
-            .own(key::RATE, request.user)
             .arg(request.lock)
             .number(request.user.value())
             .number(request.category.value())
@@ -393,11 +396,11 @@ impl Ledger for RedisLedger {
             .number(whole_ms(request.ttl))
             .number(whole_ms(request.stock_age_max))
             .number(request.per_event_max.unwrap_or(0).into())
-            .number(u64::try_from(rate.interval.as_micros()).unwrap_or(u64::MAX / 4))
-            .number(rate.burst.max(1).into())
-            .arg(text(request.session))
-            .number(request.generation)
-            .arg(if request.request.is_some() { "1" } else { "" });
+            .number(whole_us(rate.interval))
+            .number(whole_us(burst))
+            .number(whole_us(burst).div_ceil(1000))
+            .arg(dash(request.session))
+            .number(request.generation);
         // The indexes are written first (one connection keeps the order, and `biased` does where a script's text has to
         // be sent after all), so that they are never too small; the first thing due is the warning, or the deadline
         // where it is too near for one.
@@ -407,14 +410,14 @@ impl Ledger for RedisLedger {
             0 => None,
             _ => Some(Box::pin(self.driver.witness(&key::lock(request.lock).to_string())).await?),
         };
-        let answer = self.run(&script::LOCK, call);
+        let answer = self.driver.eval(&script::LOCK, call);
         let (indexed, answer) = match self.indexed(event, first_due, request.user) {
             (true, true) => (Ok(()), answer.await),
             some => {
                 Box::pin(async { tokio::join!(biased; self.index(event, first_due, request.user, some), answer) }).await
             }
         };
-        let outcome = reply::lock(answer?, request.lock)?;
+        let outcome = reply::lock(&answer?, request)?;
         let (LockOutcome::Granted(grant) | LockOutcome::GrantedBefore(grant)) = &outcome else { return Ok(outcome) };
         // A lock that no index knows expires unannounced and is not found after a reconnect. The client repeats.
         indexed?;
@@ -426,7 +429,8 @@ impl Ledger for RedisLedger {
     }
 
     async fn validate(&self, request: &ValidateRequest) -> Result<ValidateOutcome, LedgerError> {
-        let call = Call::about(request.event).arg(request.user).arg(request.category).arg(request.quantity);
+        let call =
+            Call::about(request.event, &script::VALIDATE).arg(request.user).arg(request.category).arg(request.quantity);
         reply::validate(self.run(&script::VALIDATE, call.arg(whole_ms(request.window))).await?)
     }
 
@@ -439,7 +443,7 @@ impl Ledger for RedisLedger {
             Kept::Confirmed { order } => ("confirmed", order.as_ref()),
         };
         let named = memento.request.as_ref().map(|name| key::request(request.user, name));
-        let call = Call::about(event).own(key::LOCK, memento.lock);
+        let call = Call::about(event, &script::RESTORE).own(key::LOCK, memento.lock);
         let call = match &named {
             Some(named) => call.own(key::REQUEST, named),
             None => call.own(key::LOCK, memento.lock),
@@ -456,7 +460,7 @@ impl Ledger for RedisLedger {
             .arg(memento.created_at.as_ms())
             .arg(memento.deadline.as_ms())
             .arg(whole_ms(request.stock_age_max))
-            .arg(text(memento.session))
+            .arg(dash(memento.session))
             .arg(request.generation)
             .arg(state)
             .arg(text(order))
@@ -480,7 +484,7 @@ impl Ledger for RedisLedger {
     ) -> Result<ConfirmOutcome, LedgerError> {
         let event = lock.event();
         self.touch(event, self.options.settle_timeout).await?;
-        let call = Call::about(event).own(key::LOCK, lock);
+        let call = Call::about(event, &script::CONFIRM).own(key::LOCK, lock);
         let call = match order {
             Some(order) => call.own(key::ORDER, order),
             None => call.own(key::LOCK, lock),
@@ -498,18 +502,19 @@ impl Ledger for RedisLedger {
             Releaser::Owner { user, session } => ("owner", Some(user), session),
             Releaser::Orders { user } => ("orders", user, None),
         };
-        let call = Call::about(lock.event()).own(key::LOCK, lock);
-        let call = call.arg(lock).arg(releaser).arg(text(user)).arg(text(session));
-        Ok(ends::counted(reply::release(self.run(&script::RELEASE, call).await?, lock)?))
+        let call = Call::about(lock.event(), &script::RELEASE).own(key::LOCK, lock);
+        let call = call.arg(lock).arg(releaser).arg(text(user)).arg(dash(session));
+        Ok(ends::counted(reply::release(&self.driver.eval(&script::RELEASE, call).await?, lock)?))
     }
 
     async fn find(&self, lock: LockId) -> Result<Option<Lock>, LedgerError> {
-        let call = Call::about(lock.event()).own(key::LOCK, lock).arg(lock);
+        let call = Call::about(lock.event(), &script::FIND).own(key::LOCK, lock).arg(lock);
         reply::find(self.run(&script::FIND, call).await?, lock)
     }
 
     async fn locks_in(&self, event: EventId, user: UserId) -> Result<Vec<Lock>, LedgerError> {
-        reply::locks(self.run(&script::LOCKS, Call::about(event).arg(user)).await?, user)
+        let call = Call::about(event, &script::LOCKS).arg(user);
+        reply::locks(self.run(&script::LOCKS, call).await?, user)
     }
 
     async fn locks_of(&self, user: UserId) -> Result<Vec<Lock>, LedgerError> {
@@ -517,11 +522,12 @@ impl Ledger for RedisLedger {
     }
 
     async fn availability(&self, event: EventId, age_max: Duration) -> Result<Option<Vec<Availability>>, LedgerError> {
-        reply::availability(self.run(&script::AVAILABILITY, Call::about(event).arg(whole_ms(age_max))).await?, event)
+        let call = Call::about(event, &script::AVAILABILITY).arg(whole_ms(age_max));
+        reply::availability(self.run(&script::AVAILABILITY, call).await?, event)
     }
 
     async fn ask(&self, event: EventId, age_min: Duration) -> Result<AskOutcome, LedgerError> {
-        let call = Call::about(event).arg(whole_ms(age_min));
+        let call = Call::about(event, &script::ASK).arg(whole_ms(age_min));
         let (outcome, timed_out) = reply::ask(self.run(&script::ASK, call).await?)?;
         if timed_out > 0 {
             metrics::LEDGER_SETTLE_TIMEOUTS.add(&[], timed_out);
@@ -536,7 +542,7 @@ impl Ledger for RedisLedger {
         number: SnapshotNumber,
         snapshot: &Snapshot,
     ) -> Result<AcceptOutcome, LedgerError> {
-        let mut call = Call::about(event).arg(number.0);
+        let mut call = Call::about(event, &script::ACCEPT).arg(number.0);
         for told in &snapshot.categories {
             let open = u8::from(told.open && snapshot.open);
             call = call.arg(told.category).arg(told.total).arg(told.stock).arg(open);
@@ -616,7 +622,7 @@ impl Ledger for RedisLedger {
         let events: Vec<EventId> = members.iter().filter_map(|text| text.parse().ok()).collect();
         for portion in events.chunks(PARALLEL) {
             let tally = |event: &EventId| {
-                let call = Call::new().key(key::of_event(*event, "counts")).key(key::of_event(*event, "deadlines"));
+                let call = Call::new().key(key::of_event(*event, "book")).key(key::of_event(*event, "deadlines"));
                 self.run(&script::TALLY, call)
             };
             for answer in join_all(portion.iter().map(tally)).await {
@@ -703,7 +709,19 @@ fn channel(topic: Topic) -> String {
     }
 }
 
+fn whole_us(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).map_or(WHOLE_US_MAX, |us| us.min(WHOLE_US_MAX))
+}
+
 /// "" for nothing: how scripts are told that a caller does not say.
 fn text(value: Option<impl Display>) -> impl Display {
     from_fn(move |f| value.as_ref().map_or(Ok(()), |value| value.fmt(f)))
+}
+
+/// "-" for nothing: how scripts are told that no session asks.
+fn dash(value: Option<SessionId>) -> impl Display {
+    from_fn(move |f| match value {
+        Some(value) => value.fmt(f),
+        None => f.write_str("-"),
+    })
 }

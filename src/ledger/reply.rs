@@ -4,14 +4,14 @@
 use std::str::FromStr;
 use std::time::Duration;
 
-use super::driver::{List, Reply, Value};
+use super::driver::{List, Reply};
 use super::notice::read_personal;
-use super::script::Script;
+use super::script::{self, Script};
 use super::{LedgerError, Presence, Told, ends};
 use crate::domain::{
     AcceptOutcome, AskOutcome, Availability, BookStats, CategoryId, ConfirmOutcome, End, EndReason, EventId, Grant,
-    Instant, Lock, LockId, LockOutcome, LockStatus, Quantity, ReleaseOutcome, RestoreOutcome, SnapshotNumber, UserId,
-    ValidateOutcome,
+    Instant, Lock, LockId, LockOutcome, LockRequest, LockStatus, Quantity, ReleaseOutcome, RestoreOutcome,
+    SnapshotNumber, UserId, ValidateOutcome,
 };
 use crate::metrics;
 
@@ -46,15 +46,6 @@ impl Parts {
     /// A part that reads as `T`: numbers, ids.
     pub(super) fn read<T: FromStr>(&mut self) -> Result<T, LedgerError> {
         self.left.next(|part| part.text()?.parse().ok()).ok_or_else(|| self.unexpected())
-    }
-
-    /// A part that is a few words, as `read` reads them; all of them.
-    fn words<T>(&mut self, read: impl FnOnce(&mut Words<'_>) -> Option<T>) -> Result<T, LedgerError> {
-        let all = |part: Value<'_>| {
-            let mut words = Words(part.text());
-            read(&mut words).filter(|_| words.0.is_none())
-        };
-        self.left.next(all).ok_or_else(|| self.unexpected())
     }
 
     /// A part that reads as `T`, or is nobody's: "" or another text.
@@ -97,64 +88,86 @@ pub(super) fn unexpected(script: &'static str, reply: &Reply) -> LedgerError {
     LedgerError::Protocol { script, reply: format!("{reply:?}") }
 }
 
-/// "stock total open active settling version" of a category.
+/// What a category's counts are, as scripts write them: "stock total open active settling version".
+pub(super) struct Row {
+    stock: u64,
+    total: u64,
+    open: bool,
+    active: u64,
+    settling: u64,
+    version: u64,
+}
+
+impl Row {
+    /// The next six words.
+    pub(super) fn read(words: &mut Words<'_>) -> Option<Self> {
+        let (stock, total) = (words.read()?, words.read()?);
+        let open = match words.next()? {
+            "0" => false,
+            "1" => true,
+            _ => return None,
+        };
+        Some(Self { stock, total, open, active: words.read()?, settling: words.read()?, version: words.read()? })
+    }
+
+    pub(super) fn at(self, event: EventId, category: CategoryId, at: Instant) -> Availability {
+        let Self { stock, total, open, active, settling, version } = self;
+        Availability { event, category, total, stock, active, settling, open, version, at }
+    }
+}
+
+/// The counts of a category, and nothing else.
 pub(super) fn counts(event: EventId, category: CategoryId, text: &str, at: Instant) -> Option<Availability> {
-    let mut words = text.split(' ');
-    let mut number = || words.next()?.parse::<u64>().ok();
-    let (stock, total, open, active, settling, version) =
-        (number()?, number()?, number()?, number()?, number()?, number()?);
-    let open = match open {
-        0 => false,
-        1 => true,
-        _ => return None,
-    };
-    words.next().is_none().then_some(Availability {
-        event,
-        category,
-        total,
-        stock,
-        active,
-        settling,
-        open,
-        version,
-        at,
-    })
+    let mut words = Words::of(text);
+    let row = Row::read(&mut words)?;
+    words.rest().is_none().then(|| row.at(event, category, at))
 }
 
-/// The outcome of a try that would have made `lock`.
-pub(super) fn lock(mut parts: Parts, lock: LockId) -> Result<LockOutcome, LedgerError> {
-    let outcome = match parts.word() {
-        "granted" => LockOutcome::Granted(grant(&mut parts, lock)?),
-        "granted_before" => {
-            let grant = grant(&mut parts, lock)?;
-            LockOutcome::GrantedBefore(Grant { lock: parts.read()?, ..grant })
-        }
-        "request_ended" => LockOutcome::RequestEnded { lock: parts.read()? },
-        "request_mismatch" => LockOutcome::RequestMismatch,
-        "stock_unknown" => LockOutcome::StockUnknown,
-        "rate_limited" => LockOutcome::RateLimited { retry_after: Duration::from_micros(parts.read()?) },
-        "category_not_found" => LockOutcome::CategoryNotFound,
-        "closed" => LockOutcome::Closed,
-        "already_locked" => LockOutcome::AlreadyLocked { lock: parts.read()? },
-        "limit_exceeded" => LockOutcome::LimitExceeded { held: parts.read()? },
-        "insufficient" => LockOutcome::Insufficient { available: parts.read()? },
-        "sold_out" => LockOutcome::SoldOut,
-        _ => return Err(parts.unexpected()),
-    };
-    Ok(outcome)
-}
-
-/// `deadline_ms available version now_ms`.
-fn grant(parts: &mut Parts, lock: LockId) -> Result<Grant, LedgerError> {
-    parts.words(|words| {
-        Some(Grant {
-            lock,
-            deadline: instant(words)?,
-            available: read(words)?,
-            version: read(words)?,
-            now: instant(words)?,
+/// What `lock` answered to a request.
+pub(super) fn lock(reply: &Reply, request: &LockRequest) -> Result<LockOutcome, LedgerError> {
+    said_as(script::LOCK.name, reply, |word, words| {
+        Some(match word {
+            "granted" => LockOutcome::Granted(grant(words, request)?),
+            "granted_before" => {
+                let grant = grant(words, request)?;
+                LockOutcome::GrantedBefore(Grant { lock: words.read()?, ..grant })
+            }
+            "request_ended" => LockOutcome::RequestEnded { lock: words.read()? },
+            "request_mismatch" => LockOutcome::RequestMismatch,
+            "stock_unknown" => LockOutcome::StockUnknown,
+            "rate_limited" => LockOutcome::RateLimited { retry_after: Duration::from_micros(words.read()?) },
+            "category_not_found" => LockOutcome::CategoryNotFound,
+            "closed" => LockOutcome::Closed,
+            "already_locked" => LockOutcome::AlreadyLocked { lock: words.read()? },
+            "limit_exceeded" => LockOutcome::LimitExceeded { held: words.read()? },
+            "insufficient" => LockOutcome::Insufficient { available: words.read()? },
+            "sold_out" => LockOutcome::SoldOut,
+            _ => return None,
         })
     })
+}
+
+/// `deadline_ms`, the counts of the category behind the grant, `now_ms`.
+fn grant(words: &mut Words<'_>, request: &LockRequest) -> Option<Grant> {
+    let deadline = words.instant()?;
+    let row = Row::read(words)?;
+    let (now, version) = (words.instant()?, row.version);
+    let available = row.at(request.event(), request.category, now).available();
+    Some(Grant { lock: request.lock, deadline, available, version, now })
+}
+
+/// A reply that is one text: a word, and others behind single spaces, of which `read` reads all.
+fn said_as<T>(
+    script: &'static str,
+    reply: &Reply,
+    read: impl FnOnce(&str, &mut Words<'_>) -> Option<T>,
+) -> Result<T, LedgerError> {
+    let all = || {
+        let mut words = Words::of(reply.value().text()?);
+        let said = read(words.next()?, &mut words)?;
+        words.rest().is_none().then_some(said)
+    };
+    all().ok_or_else(|| unexpected(script, reply))
 }
 
 pub(super) fn validate(mut parts: Parts) -> Result<ValidateOutcome, LedgerError> {
@@ -186,47 +199,76 @@ pub(super) fn confirm(mut parts: Parts) -> Result<((ConfirmOutcome, bool), Optio
 }
 
 /// The outcome, and the end that the call was.
-pub(super) fn release(mut parts: Parts, id: LockId) -> Result<(ReleaseOutcome, Option<End>), LedgerError> {
-    let outcome = match parts.word() {
-        "released" => {
-            let (lock, held_ms) = released_lock(&mut parts, id)?;
-            return Ok((ReleaseOutcome::Released(lock), ends::called(EndReason::Released, held_ms)));
-        }
-        "already_released" => ReleaseOutcome::AlreadyReleased(released_lock(&mut parts, id)?.0),
-        "released_by_other" => ReleaseOutcome::ReleasedByOther,
-        "confirmed" => ReleaseOutcome::Confirmed,
-        "wrong_user" => ReleaseOutcome::WrongUser,
-        "expired" => ReleaseOutcome::Expired,
-        "not_found" => ReleaseOutcome::NotFound,
-        _ => return Err(parts.unexpected()),
-    };
-    Ok((outcome, None))
+pub(super) fn release(reply: &Reply, id: LockId) -> Result<(ReleaseOutcome, Option<End>), LedgerError> {
+    said_as(script::RELEASE.name, reply, |word, words| {
+        let outcome = match word {
+            "released" => {
+                let (lock, held_ms) = released_lock(words, id)?;
+                return Some((ReleaseOutcome::Released(lock), ends::called(EndReason::Released, held_ms)));
+            }
+            "already_released" => ReleaseOutcome::AlreadyReleased(released_lock(words, id)?.0),
+            "released_by_other" => ReleaseOutcome::ReleasedByOther,
+            "confirmed" => ReleaseOutcome::Confirmed,
+            "wrong_user" => ReleaseOutcome::WrongUser,
+            "expired" => ReleaseOutcome::Expired,
+            "not_found" => ReleaseOutcome::NotFound,
+            _ => return None,
+        };
+        Some((outcome, None))
+    })
 }
 
-/// `user category quantity created_ms deadline_ms held_ms`, session, order: the lock, and how long it was active.
-fn released_lock(parts: &mut Parts, id: LockId) -> Result<(Lock, i64), LedgerError> {
-    let (mut lock, held_ms) = parts.words(|words| {
-        let lock = Lock {
-            id,
-            user: read(words)?,
-            category: read(words)?,
-            quantity: Quantity::new(read(words)?).ok()?,
-            created_at: instant(words)?,
-            deadline: instant(words)?,
-            status: LockStatus::Released,
-            version: None,
-            session: None,
-            order: None,
-            pinned: false,
-        };
-        Some((lock, read(words)?))
-    })?;
-    (lock.session, lock.order) = (parts.maybe()?, parts.maybe()?);
-    Ok((lock, held_ms))
+/// `user category quantity created_ms version session deadline_ms ended_ms order`: the lock, and how long it was active, -1
+/// when it was not.
+fn released_lock(words: &mut Words<'_>, id: LockId) -> Option<(Lock, i64)> {
+    let (user, category, quantity) = (words.read()?, words.read()?, Quantity::new(words.read()?).ok()?);
+    let created_at = words.instant()?;
+    let _version: u64 = words.read()?;
+    let session = words.next()?.parse().ok();
+    let deadline = words.instant()?;
+    let held_ms = match words.read()? {
+        -1 => -1,
+        ended_ms => ended_ms - i64::try_from(created_at.as_ms()).ok()?,
+    };
+    let order = words.next()?.parse().ok();
+    let lock = Lock {
+        id,
+        user,
+        category,
+        quantity,
+        created_at,
+        deadline,
+        status: LockStatus::Released,
+        version: None,
+        session,
+        order,
+        pinned: false,
+    };
+    Some((lock, held_ms))
 }
 
 /// What is left of a text of words with single spaces between them; `None` behind the last one.
-struct Words<'a>(Option<&'a str>);
+pub(super) struct Words<'a>(Option<&'a str>);
+
+impl<'a> Words<'a> {
+    pub(super) const fn of(text: &'a str) -> Self {
+        Self(Some(text))
+    }
+
+    /// The next word, as `T`.
+    pub(super) fn read<T: FromStr>(&mut self) -> Option<T> {
+        self.next()?.parse().ok()
+    }
+
+    fn instant(&mut self) -> Option<Instant> {
+        self.read().map(Instant::from_ms)
+    }
+
+    /// What was not read yet; `None` when all was.
+    pub(super) const fn rest(&self) -> Option<&'a str> {
+        self.0
+    }
+}
 
 impl<'a> Iterator for Words<'a> {
     type Item = &'a str;
@@ -241,15 +283,6 @@ impl<'a> Iterator for Words<'a> {
         self.0 = rest;
         Some(word)
     }
-}
-
-/// The next word of some, as `T`.
-fn read<T: FromStr>(words: &mut Words<'_>) -> Option<T> {
-    words.next()?.parse().ok()
-}
-
-fn instant(words: &mut Words<'_>) -> Option<Instant> {
-    read(words).map(Instant::from_ms)
 }
 
 pub(super) fn find(mut parts: Parts, id: LockId) -> Result<Option<Lock>, LedgerError> {

@@ -54,8 +54,9 @@ pub struct Script {
     pub keys: Arity,
     /// Its ARGV.
     pub args: Arity,
-    /// Whether the prelude is joined in front of it.
-    pub of_event: bool,
+    /// How many of the event's own keys come first in its KEYS; 0 for a script that is not about one event, in front of
+    /// which no prelude is joined.
+    pub of_event: usize,
     own: &'static str,
     source: OnceLock<String>,
     sha: OnceLock<String>,
@@ -63,7 +64,7 @@ pub struct Script {
 }
 
 impl Script {
-    const fn new(name: &'static str, keys: Arity, args: Arity, of_event: bool, own: &'static str) -> Self {
+    const fn new(name: &'static str, keys: Arity, args: Arity, of_event: usize, own: &'static str) -> Self {
         Self {
             name,
             keys,
@@ -78,7 +79,7 @@ impl Script {
 
     /// The text that Redis gets.
     pub fn source(&self) -> &str {
-        self.source.get_or_init(|| if self.of_event { join(PRELUDE, self.own) } else { self.own.to_owned() })
+        self.source.get_or_init(|| if self.of_event > 0 { join(PRELUDE, self.own) } else { self.own.to_owned() })
     }
 
     /// The lower-case hexadecimal SHA-1 that EVALSHA names it by.
@@ -106,7 +107,7 @@ impl Script {
         let read = |folder: &Path, name: &str| std::fs::read_to_string(folder.join(name).with_extension("lua"));
         let source = match folder {
             None => self.source().to_owned(),
-            Some(folder) if self.of_event => join(&read(folder, "_prelude")?, &read(folder, self.name)?),
+            Some(folder) if self.of_event > 0 => join(&read(folder, "_prelude")?, &read(folder, self.name)?),
             Some(folder) => read(folder, self.name)?,
         };
         Ok(source.replace("redis.call('TIME')", "redis.call('LRANGE', 'test:clock', 0, 1)"))
@@ -134,9 +135,9 @@ impl SteppedScripts {
 }
 
 macro_rules! scripts {
-    ($($ident:ident = $name:literal $prelude:ident ($keys:expr, $args:expr);)*) => {
+    ($($ident:ident = $name:literal keys $of_event:literal ($keys:expr, $args:expr);)*) => {
         $(pub(super) static $ident: Script = Script::new(
-            $name, $keys, $args, scripts!(@$prelude), include_str!(concat!("../../lua/", $name, ".lua")),
+            $name, $keys, $args, $of_event, include_str!(concat!("../../lua/", $name, ".lua")),
         );)*
 
         impl Script {
@@ -144,41 +145,39 @@ macro_rules! scripts {
             pub const ALL: &[&Self] = &[$(&$ident),*];
         }
     };
-    (@event) => { true };
-    (@alone) => { false };
 }
 
 use Arity::{AtLeast, Exactly};
 
 scripts! {
-    LOCK = "lock" event (Exactly(9), Exactly(13));
-    RESTORE = "restore" event (Exactly(9), Exactly(14));
-    VALIDATE = "validate" event (Exactly(6), Exactly(5));
-    CONFIRM = "confirm" event (Exactly(8), Exactly(5));
-    RELEASE = "release" event (Exactly(7), Exactly(5));
-    FIND = "find" event (Exactly(7), Exactly(2));
-    LOCKS = "locks" event (Exactly(6), Exactly(2));
-    AVAILABILITY = "availability" event (Exactly(6), Exactly(2));
-    ASK = "ask" event (Exactly(6), Exactly(2));
-    ACCEPT = "accept" event (Exactly(6), AtLeast(2));
-    ORDER = "order" event (Exactly(7), Exactly(8));
-    ADOPT = "adopt" event (Exactly(6), Exactly(3));
-    ABANDON = "abandon" event (Exactly(6), Exactly(4));
-    SWEEP = "sweep" event (Exactly(6), Exactly(2));
-    BURY = "bury" alone (AtLeast(3), AtLeast(1));
-    TALLY = "tally" alone (Exactly(2), Exactly(0));
-    TOUCH = "touch" alone (Exactly(2), Exactly(2));
-    DUE = "due" alone (Exactly(1), Exactly(2));
-    PLAN = "plan" alone (Exactly(2), Exactly(4));
-    VISIT = "visit" alone (Exactly(1), Exactly(1));
-    FORGET = "forget" alone (Exactly(1), AtLeast(1));
-    ENTER = "enter" alone (Exactly(2), Exactly(4));
-    LEAVE = "leave" alone (Exactly(2), Exactly(4));
-    TELL = "tell" alone (Exactly(1), Exactly(3));
-    HOST = "host" alone (Exactly(1), Exactly(1));
-    UNHOST = "unhost" alone (Exactly(1), AtLeast(2));
-    DROP = "drop" alone (Exactly(1), Exactly(2));
-    BEAT = "beat" alone (Exactly(5), Exactly(4));
+    LOCK = "lock" keys 3 (AtLeast(5), Exactly(13));
+    RESTORE = "restore" keys 4 (Exactly(7), Exactly(14));
+    VALIDATE = "validate" keys 3 (Exactly(3), Exactly(5));
+    CONFIRM = "confirm" keys 4 (Exactly(6), Exactly(5));
+    RELEASE = "release" keys 4 (Exactly(5), Exactly(5));
+    FIND = "find" keys 3 (Exactly(4), Exactly(2));
+    LOCKS = "locks" keys 3 (Exactly(3), Exactly(2));
+    AVAILABILITY = "availability" keys 3 (Exactly(3), Exactly(2));
+    ASK = "ask" keys 5 (Exactly(5), Exactly(2));
+    ACCEPT = "accept" keys 5 (Exactly(5), AtLeast(2));
+    ORDER = "order" keys 5 (Exactly(6), Exactly(8));
+    ADOPT = "adopt" keys 3 (Exactly(3), Exactly(3));
+    ABANDON = "abandon" keys 3 (Exactly(3), Exactly(4));
+    SWEEP = "sweep" keys 5 (Exactly(5), Exactly(2));
+    BURY = "bury" keys 0 (AtLeast(3), AtLeast(1));
+    TALLY = "tally" keys 0 (Exactly(2), Exactly(0));
+    TOUCH = "touch" keys 0 (Exactly(2), Exactly(2));
+    DUE = "due" keys 0 (Exactly(1), Exactly(2));
+    PLAN = "plan" keys 0 (Exactly(2), Exactly(4));
+    VISIT = "visit" keys 0 (Exactly(1), Exactly(1));
+    FORGET = "forget" keys 0 (Exactly(1), AtLeast(1));
+    ENTER = "enter" keys 0 (Exactly(2), Exactly(4));
+    LEAVE = "leave" keys 0 (Exactly(2), Exactly(4));
+    TELL = "tell" keys 0 (Exactly(1), Exactly(3));
+    HOST = "host" keys 0 (Exactly(1), Exactly(1));
+    UNHOST = "unhost" keys 0 (Exactly(1), AtLeast(2));
+    DROP = "drop" keys 0 (Exactly(1), Exactly(2));
+    BEAT = "beat" keys 0 (Exactly(5), Exactly(4));
 }
 
 #[cfg(test)]

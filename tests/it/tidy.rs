@@ -5,7 +5,7 @@
 
 mod arrows;
 mod documents;
-mod lua;
+pub mod lua;
 
 mod metrics;
 mod source;

@@ -118,9 +118,14 @@ impl Reply {
         head(&self.0).map_or(Value::Nothing, |(value, ..)| value)
     }
 
-    /// The text that it begins with, if it is a list; "" when there is none.
+    /// The text that it begins with, if it is a list, or the first word of a text; "" when there is none.
     pub(in crate::ledger) fn word(&self) -> &str {
-        self.value().parts().and_then(|mut parts| parts.next()?.text()).unwrap_or_default()
+        let word = match self.value() {
+            Value::List(mut parts) => parts.next().and_then(Value::text),
+            value @ Value::Text(_) => value.text().and_then(|text| text.split(' ').next()),
+            Value::Error(_) | Value::Push(_) | Value::Nothing => None,
+        };
+        word.unwrap_or_default()
     }
 
     /// Its values, if it is a list.

@@ -33,7 +33,7 @@ impl RedisLedger {
         let mut presence = reply::entered(self.run(&script::ENTER, call).await?)?;
         let generation = presence.generation;
         let adopt = |event| async move {
-            let call = Call::about(event).arg(user).arg(generation);
+            let call = Call::about(event, &script::ADOPT).arg(user).arg(generation);
             reply::locks(self.run(&script::ADOPT, call).await?, user)
         };
         let (hosted, locks) = tokio::join!(self.host(user), self.in_events_of(user, adopt));
@@ -97,7 +97,7 @@ impl RedisLedger {
                 let event = *event;
                 async move {
                     self.touch(event, grace).await?;
-                    let call = Call::about(event).arg(user).arg(left.generation).arg(whole_ms(grace));
+                    let call = Call::about(event, &script::ABANDON).arg(user).arg(left.generation).arg(whole_ms(grace));
                     reply::said(&self.run(&script::ABANDON, call).await?, "abandoned")
                 }
             };

@@ -56,7 +56,7 @@ async fn invented_events_are_not_written_down() {
     }
     for key in redis.keys().await {
         assert!(!key.ends_with(":events") && !key.ends_with(":due"), "{key}");
-        if key.contains(":counts") {
+        if key.contains(":book") {
             let left = redis.pttl(&key).await;
             assert!((1..=60_000).contains(&left), "{key} {left}");
         }
