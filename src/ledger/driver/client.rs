@@ -175,7 +175,9 @@ async fn keep(
 
 #[cfg(test)]
 mod tests {
+    use std::io::Read as _;
     use std::path::PathBuf;
+    use std::task::Poll;
 
     use futures_util::future::join_all;
     use tempfile::TempDir;
@@ -359,6 +361,39 @@ mod tests {
         });
         assert_eq!(read, 50 * "*1\r\n$4\r\nPING\r\n".len());
         assert!(answers.iter().all(|answer| *answer == Ok(said("+PONG\r\n"))), "{answers:?}");
+    }
+
+    /// Sixteen do not wait until everybody has had a turn.
+    #[test]
+    fn what_is_enough_at_once_is_sent_at_once() {
+        // Each time it is ready again at once, behind all others who are.
+        async fn stand_in_line() {
+            let mut has_stood = false;
+            std::future::poll_fn(|cx| {
+                cx.waker().wake_by_ref();
+                if std::mem::replace(&mut has_stood, true) { Poll::Ready(()) } else { Poll::Pending }
+            })
+            .await;
+        }
+        // One turn is as long as there is anybody who is ready.
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().event_interval(u32::MAX).build();
+        runtime.expect("a runtime").block_on(async {
+            for (count, is_enough) in [(15, false), (16, true)] {
+                let mut stage = Stage::new(SOON);
+                let mut connection = stage.connection().await.into_std().expect("a socket");
+                stage.client.connected().await.expect("a connection");
+                let asked = tokio::spawn(async move {
+                    let questions = (0..count).map(|_| stage.client.ask(Command::new("PING", &[])));
+                    let mut questions = std::pin::pin!(join_all(questions));
+                    for _ in 0..10 {
+                        assert!(futures_util::poll!(questions.as_mut()).is_pending());
+                        stand_in_line().await;
+                    }
+                    connection.read(&mut [0; 4096]).is_ok()
+                });
+                assert_eq!(asked.await.expect("no panic"), is_enough, "{count}");
+            }
+        });
     }
 
     #[tokio::test]

@@ -76,6 +76,7 @@ pub(super) struct Connection {
     /// Where it leads, where that has a name.
     pub(super) server: Option<Server>,
     work: AbortOnDropHandle<()>,
+    _gathering: AbortOnDropHandle<()>,
 }
 
 impl Connection {
@@ -123,7 +124,8 @@ impl Connection {
     ) -> Result<Self, Failure> {
         let desk = Arc::new(Desk::default());
         let work = AbortOnDropHandle::new(tokio::spawn(Traffic::new(stream, Arc::clone(&desk), pushed).run()));
-        let connection = Self { asker: Asker(desk), server, work };
+        let gathering = AbortOnDropHandle::new(tokio::spawn(Arc::clone(&desk).gather()));
+        let connection = Self { asker: Asker(desk), server, work, _gathering: gathering };
         connection.ask(greeting(login)).await?;
         if database != 0 {
             connection.ask(Command::new("SELECT", &[&database.to_string()])).await?;
