@@ -319,6 +319,9 @@ impl<'a> Outside<'a> {
             && !Self::maybe_ended(life, span.ended, None)
             && !aways.any(|away| away.overlaps(&Span { began: lost.began, ended: span.ended }))
             && !life.unlocks.iter().any(|(unlock, _)| unlock.ended >= lost.began)
+            // The broker may have delivered it twice: the first time it was confirmed, which a restored sale is as well,
+            // the second time, after the loss, it was not known.
+            && !life.confirms.iter().any(|(confirm, _)| confirm.overlaps(lost))
             && !self.expired.contains(life.told.lock.as_str())
     }
 
