@@ -175,6 +175,11 @@ impl RedisLedger {
         unsure || known.restoring.is_some_and(|until| until > Instant::now())
     }
 
+    /// An answer, but for that a lock is not known while those that Redis has lost are handed back.
+    fn unless_on_its_way_back<T>(&self, outcome: T, is_unknown: bool) -> Result<T, LedgerError> {
+        if is_unknown && self.is_restoring() { Err(LedgerError::Restoring) } else { Ok(outcome) }
+    }
+
     async fn run(&self, script: &'static Script, call: Call) -> Result<Parts, LedgerError> {
         Parts::new(script, self.driver.eval(script, call).await?)
     }
@@ -431,7 +436,8 @@ impl Ledger for RedisLedger {
     async fn validate(&self, request: &ValidateRequest) -> Result<ValidateOutcome, LedgerError> {
         let call =
             Call::about(request.event, &script::VALIDATE).arg(request.user).arg(request.category).arg(request.quantity);
-        reply::validate(self.run(&script::VALIDATE, call.arg(whole_ms(request.window))).await?)
+        let outcome = reply::validate(self.run(&script::VALIDATE, call.arg(whole_ms(request.window))).await?)?;
+        self.unless_on_its_way_back(outcome, outcome == ValidateOutcome::NotFound)
     }
 
     async fn restore(&self, request: &RestoreRequest) -> Result<RestoreOutcome, LedgerError> {
@@ -494,7 +500,7 @@ impl Ledger for RedisLedger {
         if reported && let (Some(order), Some(found)) = (order, self.find(lock).await?) {
             self.match_order(order, event, found.category, found.quantity, found.user).await?;
         }
-        Ok(outcome)
+        self.unless_on_its_way_back(outcome, outcome == ConfirmOutcome::NotFound)
     }
 
     async fn release(&self, lock: LockId, by: Releaser) -> Result<ReleaseOutcome, LedgerError> {
@@ -504,7 +510,9 @@ impl Ledger for RedisLedger {
         };
         let call = Call::about(lock.event(), &script::RELEASE).own(key::LOCK, lock);
         let call = call.arg(lock).arg(releaser).arg(text(user)).arg(dash(session));
-        Ok(ends::counted(reply::release(&self.driver.eval(&script::RELEASE, call).await?, lock)?))
+        let outcome = ends::counted(reply::release(&self.driver.eval(&script::RELEASE, call).await?, lock)?);
+        let is_unknown = outcome == ReleaseOutcome::NotFound;
+        self.unless_on_its_way_back(outcome, is_unknown)
     }
 
     async fn find(&self, lock: LockId) -> Result<Option<Lock>, LedgerError> {

@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use fred::interfaces::{ClientLike, SortedSetsInterface};
 use seatlock::domain::{
-    Instant, Kept, LockId, LockOutcome, Memento, ReplicaId, ReplicaReport, RestoreOutcome, RestoreRequest, SessionId,
+    ConfirmOutcome, Instant, Kept, LockId, LockOutcome, Memento, Releaser, ReplicaId, ReplicaReport, RestoreOutcome,
+    RestoreRequest, SessionId, ValidateRequest,
 };
 use seatlock::ledger::{ErrorKind, Footing, Ledger, SILENT_MAX};
 
@@ -184,6 +185,22 @@ async fn lost_data_is_noticed_and_locks_are_handed_back() {
     assert_eq!(beat(ledger.as_ref()).await, Footing::Firm, "said once");
     let refused = ledger.lock(&request(event(1), 1, 8, 2)).await.expect_err("others had locks before");
     assert_eq!((refused.kind(), refused.is_retryable()), (ErrorKind::Restoring, true));
+    // It is not known yet, and on its way back: nobody is told that there is none.
+    let wanted = ValidateRequest {
+        event: event(1),
+        user: user(7),
+        category: asked.category,
+        quantity: asked.quantity,
+        window: MS,
+    };
+    let owner = Releaser::Owner { user: user(7), session: None };
+    for refused in [
+        ledger.confirm(asked.lock, None, None).await.map(drop),
+        ledger.validate(&wanted).await.map(drop),
+        ledger.release(asked.lock, owner).await.map(drop),
+    ] {
+        assert_eq!(refused.map_err(|error| error.kind()), Err(ErrorKind::Restoring));
+    }
     stock(ledger.as_ref(), event(1), &[(1, 9, 9)]).await;
     let memento = Memento {
         lock: asked.lock,
@@ -208,6 +225,8 @@ async fn lost_data_is_noticed_and_locks_are_handed_back() {
     assert!(noticed.elapsed() >= Duration::from_secs(5), "{:?}", noticed.elapsed());
     let rows = ledger.availability(event(1), Duration::from_mins(1)).await.unwrap().expect("known");
     assert_eq!((rows[0].available(), rows[0].active), (5, 4));
+    let unknown = LockId::generate(event(1));
+    assert_eq!(ledger.confirm(unknown, None, None).await.unwrap(), ConfirmOutcome::NotFound, "that was long ago");
 }
 
 /// Who comes is written down last where the users of a replica are: the leaving of another session of theirs, which took
