@@ -1,7 +1,8 @@
 -- What every script about one event shares. Joined in front of each of them, but for functions that it does not call: a
 -- blank line ends a part, and a part has one function at most.
 --
--- KEYS[1..5] are the same in every script of an event; ARGV[1] is always the event's channel:
+-- KEYS[1..3] are the same in every script of an event, KEYS[4] and KEYS[5] where a sale is settled or shown; ARGV[1] is
+-- always the event's channel:
 --
 --   KEYS[1] book       hash  <category> -> "stock total open active settling version users released": `users` is by how
 --                                       many the locks and ends here made the users with locks in the event more
@@ -278,7 +279,7 @@ local function waiting_locks(user, category)
   local found = {}
   for entry in string.gmatch(redis.call('HGET', KEYS[1], user .. '~' .. category) or '', '%S+') do
     local lock, quantity, order = string.match(entry, '^([^:]+):(%d+):(.*)$')
-    found[#found + 1] = { entry = entry, lock = lock, quantity = tonumber(quantity), order = order }
+    found[#found + 1] = { lock = lock, quantity = tonumber(quantity), order = order }
   end
   return found
 end

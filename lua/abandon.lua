@@ -11,7 +11,7 @@
 -- RETURNS
 --   {"abandoned", moved, active}   locks whose deadline was moved; locks that are active
 --
--- COST O(c + log n) in categories and active locks; 1 + 2c reads, 2 writes a lock.
+-- COST O(c + log n) in categories and active locks; 1 + c reads, a read and 2 writes a lock.
 
 local generation, moved, active = tonumber(ARGV[3]), 0, 0
 for category in string.gmatch(redis.call('HGET', KEYS[1], 'categories') or '', '%S+') do

@@ -10,7 +10,7 @@
 -- RETURNS
 --   {"adopted", {lock, category, quantity, created_ms, deadline_ms, state}, ...}   the user's active locks
 --
--- COST O(c + log n) in categories and active locks; 1 + 2c reads, 2 writes a lock.
+-- COST O(c + log n) in categories and active locks; 1 + c reads, 2 writes a lock.
 
 local reply = {'adopted'}
 local generation = tonumber(ARGV[3])

@@ -18,7 +18,7 @@
 --   {"already_confirmed"}    a repeat; an order that is not reported has settle_ms from now on
 --   {"other_order"} {"wrong_user"} {"expired"} {"released"} {"not_found"}   nothing changed
 --
--- COST O(log n) in active locks of the event; 7 reads, 11 writes, 2 publishes.
+-- COST O(log n) in active locks of the event; 6 reads, 10 writes, 2 publishes.
 
 expire_due()
 local text = redis.call('GET', KEYS[5])

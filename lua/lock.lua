@@ -30,7 +30,7 @@
 --   "category_not_found" "closed" "already_locked lock" "limit_exceeded held"
 --   "insufficient available" "sold_out"        nothing changed but the rate
 --
--- COST O(log n) in active locks of the event; granted: 3 reads, 4 writes, 1 publish.
+-- COST O(log n) in active locks of the event; granted: 2 reads, 4 writes, 1 publish.
 
 local user, category, quantity, held_max, request = ARGV[3], ARGV[4], ARGV[5] + 0, ARGV[8] + 0, KEYS[6]
 local due, row, free, held, deadline, sums, tickets, stored

@@ -9,7 +9,7 @@
 -- RETURNS
 --   {"locks", {lock, category, quantity, created_ms, deadline_ms, state}, ...}   by category as the events-service lists them
 --
--- COST O(c) in categories of the event; 1 + 2c reads.
+-- COST O(c) in categories of the event; 1 + c reads.
 
 local reply = {'locks'}
 for category in string.gmatch(redis.call('HGET', KEYS[1], 'categories') or '', '%S+') do

@@ -18,7 +18,7 @@
 --                                      changed
 --   "released_by_other" "confirmed" "wrong_user" "expired" "not_found"        nothing changed
 --
--- COST O(log n) in active locks of the event; 3 reads, 4 writes, 2 publishes.
+-- COST O(log n) in active locks of the event; 2 reads, 4 writes, 2 publishes.
 
 local text = redis.call('GET', KEYS[5])
 if not text then

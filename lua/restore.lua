@@ -30,7 +30,7 @@
 --   {"no_room"}             its tickets or its place are somebody else's by now; nothing changed
 --   {"stock_unknown"}       no snapshot young enough; nothing changed
 --
--- COST O(log n) in active locks of the event; restored: 6 reads, 10 writes, 1 publish.
+-- COST O(log n) in active locks of the event; restored: 3 reads, 4 writes, 1 publish.
 
 expire_due()
 local id, user, category, quantity, state = ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[5]), ARGV[11]

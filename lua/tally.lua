@@ -6,7 +6,7 @@
 -- RETURNS
 --   {"tally", active, expired, confirmed, released, users, categories}
 --
--- COST O(c) in categories of the event; 3 + c reads.
+-- COST O(c) in categories of the event; 2 + c reads.
 
 local expired, confirmed, categories = unpack(redis.call('HMGET', KEYS[1], '#expired', '#confirmed', 'categories'))
 local sum = { users = 0, released = 0, locked = 0 }

@@ -13,7 +13,7 @@
 --   {"valid", lock, deadline_ms}   pinned: a disconnect does not move its deadline any more
 --   {"not_found"} {"expired"}      nothing changed
 --
--- COST O(log n) in active locks of the event; 3 reads, 3 writes, 1 publish.
+-- COST O(log n) in active locks of the event; 2 reads, 4 writes, 1 publish.
 
 expire_due()
 local held = held_lock(ARGV[2], ARGV[3])
