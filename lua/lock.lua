@@ -33,7 +33,7 @@
 -- COST O(log n) in active locks of the event; granted: 2 reads, 4 writes, 1 publish.
 
 local user, category, quantity, held_max, request = ARGV[3], ARGV[4], ARGV[5] + 0, ARGV[8] + 0, KEYS[6]
-local due, row, free, held, deadline, sums, tickets, stored
+local due, row, free, held, deadline, sums, tickets, is_full, stored
 -- More may be due than one call ends; what has expired neither fills a user's limit nor the category.
 repeat
   local counts, text
@@ -41,7 +41,7 @@ repeat
   row, held, deadline = load(category, counts), active_of(text)
   free = row and row.open == '1' and math.max(0, row.stock - row.active - row.settling) or 0
   tickets = sums and string.match(sums, '%d+$') or 0
-  local is_full = held_max > 0 and tickets + quantity > held_max
+  is_full = held_max > 0 and tickets + quantity > held_max
 until not is_full and free >= quantity or expire_due() == 0 and (not is_full or expire_due(true) == 0)
 
 if request then
@@ -72,7 +72,7 @@ end
 if not row then return 'category_not_found' end
 if row.open == '0' then return 'closed' end
 if held then return 'already_locked ' .. held end
-if held_max > 0 and tickets + quantity > held_max then return 'limit_exceeded ' .. tickets end
+if is_full then return 'limit_exceeded ' .. tickets end
 if free < quantity then
   if free == 0 and row.active + row.settling == 0 then return 'sold_out' end
   return 'insufficient ' .. free

@@ -157,6 +157,9 @@ async fn every_documented_reply_is_reached() {
     let rated = ["lock-x", "8", "2", "1", "300000", "600000", "0", "1000000", "1000000", "1000", "-", "0"];
     assert_eq!(on.event("lock", &["lock-x", "rate-8"], &rated).await, ["sold_out"]);
     assert_eq!(on.event("lock", &["lock-x", "rate-8"], &rated).await, ["rate_limited", "1000000"]);
+    let rated = ["lock-x", "8", "2", "1", "300000", "600000", "0", "1", "1", "1000", "-", "0"];
+    assert_eq!(on.event("lock", &["lock-x", "rate-9"], &rated).await, ["sold_out"]);
+    assert_eq!(on.event("lock", &["lock-x", "rate-9"], &rated).await, ["rate_limited", "1"]);
 
     assert_eq!(on.event("locks", &[], &["7"]).await.len(), 2);
     assert_eq!(on.event("find", &[LOCK], &[LOCK]).await[..2], ["found", "active"]);
@@ -475,7 +478,7 @@ async fn every_tombstone_has_its_own_lifetime() {
 }
 
 /// Counts have a lifetime also when they are written to by what only notes that a lock was there already, or, after they
-/// were lost, that a sale was given back. A rate is kept until it limits nobody.
+/// were lost, that a sale was given back or a lock expired. A rate is kept until it limits nobody.
 #[tokio::test]
 async fn endings_and_repeats_renew_lifetimes() {
     let on = Bench::new().await;
@@ -496,6 +499,13 @@ async fn endings_and_repeats_renew_lifetimes() {
     assert_eq!(on.confirm("lock-1", "7", "A").await, "confirmed");
     assert!(on.client.del::<bool, _>("book").await.expect("DEL answers"));
     assert_eq!(on.release("lock-1", "orders", "7").await, "released");
+    assert!(on.server.keys().await.iter().any(|key| key == "book"));
+    on.every_key_ends().await;
+    on.stock(&["1", "9", "9", "1"]).await;
+    on.lock("lock-3", "9", "1", "1").await;
+    assert!(on.client.del::<bool, _>("book").await.expect("DEL answers"));
+    on.pass(300_000).await;
+    assert_eq!(on.event("sweep", &[], &["60000"]).await[1], "1");
     assert!(on.server.keys().await.iter().any(|key| key == "book"));
     on.every_key_ends().await;
 }
@@ -728,6 +738,7 @@ async fn presence_goes_by_generations() {
 async fn an_order_without_a_lock_ends() {
     let on = Bench::new().await;
     on.stock(&["1", "9", "9", "1"]).await;
+    assert!(on.client.persist::<bool, _>("book").await.expect("PERSIST answers"));
     assert_eq!(on.order("A", "7", "2", "completed").await, ["noted"]);
     on.every_key_ends().await;
 }
@@ -876,6 +887,15 @@ async fn a_wave_is_counted_before_it_is_written_down() {
         assert_eq!((free().await, users().await.as_str()), (2100, users_left));
         on.pass(600_000).await;
     }
+
+    // Whoever finds a wave gives what it writes a lifetime.
+    for (lock, user) in &names[..251] {
+        assert_eq!(grant(lock, user, "1", "9").await[0], "granted");
+    }
+    on.pass(300_000).await;
+    assert!(on.client.persist::<bool, _>("book").await.expect("PERSIST answers"));
+    assert_eq!(on.confirm("lock-x", "", "").await, "not_found");
+    on.every_key_ends().await;
 }
 
 /// Every lock that stops being active is told once, with how long it was: by the call that ended it, or, where it reached
