@@ -51,7 +51,6 @@ if state == 'confirmed' then
   redis.call('HINCRBY', KEYS[1], '#confirmed', '1')
   local facts = {user, category, ARGV[5], ARGV[6], row.version, ARGV[9], 'confirmed', ARGV[7], '-', ARGV[12]}
   redis.call('SET', KEYS[5], table.concat(facts, ' '), 'PX', CONFIRMED_MS)
-  keep(KEYS[1])
   keep(KEYS[4])
   local reported = ARGV[12] ~= '' and redis.call('EXISTS', KEYS[7]) == 1
   return {reported and 'restored_reported' or 'restored'}

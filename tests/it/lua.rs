@@ -237,6 +237,7 @@ async fn restore_replies(on: &Bench) {
     let now = on.now_ms.get();
     assert_eq!(restore("lock-6", "12", "10", now + 1000, "attended", "").await, "no_room");
     assert_eq!(restore("lock-6", "12", "1", now + 1000, "attended", "").await, "restored", "though it is closed");
+    assert!((540_000..=601_000).contains(&on.server.pttl("request-2").await), "as long as its lock, and ten minutes");
     assert_eq!(restore("lock-7", "12", "1", now + 1000, "pinned", "").await, "no_room", "one lock in a category");
     assert_eq!(restore("lock-7", "12", "1", 1, "confirmed", "").await, "restored");
     assert_eq!(on.order("E", "12", "2", "completed").await, ["noted"]);
@@ -496,7 +497,9 @@ async fn endings_and_repeats_renew_lifetimes() {
     }
     assert_eq!(on.event("validate", &[], &["7", "1", "1", "60000"]).await[0], "valid");
     on.every_key_ends().await;
+    forget().await;
     assert_eq!(on.confirm("lock-1", "7", "A").await, "confirmed");
+    on.every_key_ends().await;
     assert!(on.client.del::<bool, _>("book").await.expect("DEL answers"));
     assert_eq!(on.release("lock-1", "orders", "7").await, "released");
     assert!(on.server.keys().await.iter().any(|key| key == "book"));
@@ -508,6 +511,16 @@ async fn endings_and_repeats_renew_lifetimes() {
     assert_eq!(on.event("sweep", &[], &["60000"]).await[1], "1");
     assert!(on.server.keys().await.iter().any(|key| key == "book"));
     on.every_key_ends().await;
+}
+
+/// A lock of which only its own key is left is not known.
+#[tokio::test]
+async fn a_lock_without_a_deadline_is_none() {
+    let on = Bench::new().await;
+    on.stock(&["1", "9", "9", "1"]).await;
+    on.lock("lock-1", "7", "1", "1").await;
+    assert!(on.client.del::<bool, _>("deadlines").await.expect("DEL answers"));
+    assert_eq!(on.event("find", &["lock-1"], &["lock-1"]).await, ["not_found"]);
 }
 
 /// What every lock writes to has its lifetime anew when it was given ten minutes ago, or nobody knows when. It stays, with
@@ -555,6 +568,7 @@ async fn a_restored_sale_has_a_lifetime() {
     let on = Bench::new().await;
     on.stock(&["1", "9", "9", "1"]).await;
     let given = ["lock-1", "7", "1", "1", "1", "1", "600000", "-", "1", "confirmed", "A", "30000", ""];
+    assert!(on.client.persist::<bool, _>("book").await.expect("PERSIST answers"));
     assert_eq!(on.event("restore", &["lock-1", "lock-1", "order-A"], &given).await, ["restored"]);
     on.every_key_ends().await;
     let left = on.server.pttl("lock-1").await;
@@ -889,13 +903,19 @@ async fn a_wave_is_counted_before_it_is_written_down() {
     }
 
     // Whoever finds a wave gives what it writes a lifetime.
-    for (lock, user) in &names[..251] {
-        assert_eq!(grant(lock, user, "1", "9").await[0], "granted");
+    while sweep().await.split(' ').nth(1) == Some("1") {}
+    for n in 100..351 {
+        assert_eq!(grant(&format!("late-{n}"), &n.to_string(), "1", "9").await[0], "granted");
     }
     on.pass(300_000).await;
     assert!(on.client.persist::<bool, _>("book").await.expect("PERSIST answers"));
     assert_eq!(on.confirm("lock-x", "", "").await, "not_found");
     on.every_key_ends().await;
+    assert_eq!(
+        on.event("find", &["late-350"], &["late-350"]).await[1],
+        "expired",
+        "250 and one more are written down for it"
+    );
 }
 
 /// Every lock that stops being active is told once, with how long it was: by the call that ended it, or, where it reached
