@@ -268,10 +268,10 @@ impl Floor {
                 let id = LockId::generate(EventId::new(event)?).to_string();
                 let (user, category) = (user.to_string(), category.to_string());
                 let keys =
-                    ["book", "deadlines", "ended", "settling"].map(|name| format!("seatlock:{{e:{event}}}:{name}"));
-                let own = format!("seatlock:{{e:{event}}}:lock:{id}");
-                let rate = format!("seatlock:{{e:{event}}}:rate:{user}");
-                let channel = format!("seatlock:{{e:{event}}}:changes");
+                    ["book", "deadlines", "ended", "settling"].map(|name| format!("seatlock:2:{{e:{event}}}:{name}"));
+                let own = format!("seatlock:2:{{e:{event}}}:lock:{id}");
+                let rate = format!("seatlock:2:{{e:{event}}}:rate:{user}");
+                let channel = format!("seatlock:2:{{e:{event}}}:changes");
                 let keys = keys.each_ref().map(String::as_str);
                 let session = "00000000000000000000000000000000";
                 let mut parts = vec!["EVALSHA", lock, "5"];

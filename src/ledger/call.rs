@@ -198,10 +198,10 @@ mod tests {
         let call = Call::about(event, &script::ORDER).key("a").own("rate:", 12).arg("").number(12).args(["d", "ef"]);
         assert_eq!(call.count(), (7, 5));
         let call = call.close();
-        assert_eq!((call.keys, call.args, call.first_key()), (7, 5, "seatlock:{e:7}:book"));
-        let own = key::OF_EVENT.map(|name| format!("seatlock:{{e:7}}:{name}"));
+        assert_eq!((call.keys, call.args, call.first_key()), (7, 5, "seatlock:2:{e:7}:book"));
+        let own = key::OF_EVENT.map(|name| format!("seatlock:2:{{e:7}}:{name}"));
         let mut words: Vec<&str> = own.iter().map(String::as_str).collect();
-        words.extend(["a", "seatlock:{e:7}:rate:12", "seatlock:{e:7}:changes", "", "12", "d", "ef"]);
+        words.extend(["a", "seatlock:2:{e:7}:rate:12", "seatlock:2:{e:7}:changes", "", "12", "d", "ef"]);
         assert_eq!(String::from_utf8_lossy(&call.words), sent(&words));
         let bare = Call::about(event, &script::LOCK).close();
         assert_eq!((bare.keys, bare.args), (3, 1), "the channel is always there");

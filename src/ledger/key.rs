@@ -105,8 +105,9 @@ pub(super) fn user_channel(user: UserId) -> String {
     format!("{USER_CHANNEL}{user}")
 }
 
-/// What stands around the event in its keys and its channel.
-const TAG: &str = "seatlock:{e:";
+/// What stands around the event in its keys and its channel. The number is that of their layout: what another layout wrote is
+/// never read.
+const TAG: &str = "seatlock:2:{e:";
 const TAG_END: &str = "}:";
 
 /// What an event's channel ends with.
