@@ -58,7 +58,7 @@ impl Availability {
     /// Active and confirmed-but-unsettled tickets together.
     #[must_use]
     pub const fn locked(&self) -> u64 {
-        self.active + self.settling
+        self.active.saturating_add(self.settling)
     }
 
     /// The word for it.

@@ -80,7 +80,7 @@ impl Shared {
         // Of a category that the events-service no longer names nobody knows how many tickets it had: the locks that it
         // has were granted when it was known.
         let named = read.iter().filter(|counts| counts.open || counts.total > 0);
-        let here = named.filter(|counts| counts.active + counts.settling > counts.total).count();
+        let here = named.filter(|counts| counts.locked() > counts.total).count();
         if here > 0 {
             tracing::error!(%event, categories = here, "more tickets are active and settling than exist");
             oversold.insert(event, here);

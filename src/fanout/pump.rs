@@ -197,8 +197,7 @@ impl Pump {
 /// Whether a grant took what was not free: `active + settling` may exceed a stock that fell, never because of a grant.
 fn is_overgrant(notice: &Notice) -> bool {
     let counts = &notice.availability;
-    counts.active + counts.settling > counts.stock
-        && notice.changes.iter().any(|change| change.kind == ChangeKind::Locked)
+    counts.locked() > counts.stock && notice.changes.iter().any(|change| change.kind == ChangeKind::Locked)
 }
 
 #[cfg(test)]

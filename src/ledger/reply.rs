@@ -228,7 +228,7 @@ fn released_lock(words: &mut Words<'_>, id: LockId) -> Option<(Lock, i64)> {
     let deadline = words.instant()?;
     let held_ms = match words.read()? {
         -1 => -1,
-        ended_ms => ended_ms - i64::try_from(created_at.as_ms()).ok()?,
+        ended_ms => i64::checked_sub(ended_ms, created_at.as_ms().try_into().ok()?)?,
     };
     let order = words.next()?.parse().ok();
     let lock = Lock {
