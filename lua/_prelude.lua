@@ -151,6 +151,7 @@ local function write_lock(key, row, changes, created, deadline, generation, stat
   local told = save(row, changes, user .. ':' .. category,
     lock .. ' ' .. quantity .. ' ' .. created .. ' ' .. deadline .. ' 0 ' .. generation .. ' ' .. state,
     user .. ':', locks .. ' ' .. tickets)
+  -- Not by `member_of`, here and in `release`: to make the function takes longer than to write this.
   redis.call('ZADD', KEYS[2], deadline, lock .. '|' .. category .. '|' .. quantity .. '|' .. user)
   redis.call('SET', key, user .. ' ' .. category .. ' ' .. quantity .. ' ' .. created .. ' ' .. row.version .. ' ' .. session,
     'PX', KEEP_MS)

@@ -79,8 +79,10 @@ if free < quantity then
 end
 
 deadline = now + ARGV[6] .. ''
-local told = write_lock(KEYS[4], row, ' locked:' .. ARGV[5] .. ':' .. user, now_text, deadline, ARGV[13], 'attended', ARGV[12], due, sums)
+local told = write_lock(KEYS[4], row, ' locked:' .. ARGV[5] .. ':' .. user, now_text, deadline, ARGV[13], 'attended', ARGV[12],
+  due, sums)
 if request then
-  redis.call('SET', request, ARGV[2] .. ' ' .. category .. ' ' .. ARGV[5] .. ' ' .. row.version, 'PX', ARGV[6] + TOMBSTONE_MS)
+  redis.call('SET', request, ARGV[2] .. ' ' .. category .. ' ' .. ARGV[5] .. ' ' .. row.version, 'PX',
+    ARGV[6] + TOMBSTONE_MS)
 end
 return 'granted ' .. deadline .. ' ' .. told

@@ -37,6 +37,7 @@ if ended == '' then
   if status ~= ARGV[2] then return 'expired' end
   ended_ms, order = now_text, ''
   redis.call('ZREM', KEYS[2], member)
+  -- What nearly everybody holds, without the reckoning.
   if sums == '1 ' .. quantity then
     fewer = 1
     redis.call('HDEL', KEYS[1], field, user .. ':')

@@ -17,5 +17,6 @@ for category in string.gmatch(categories or '', '%S+') do
   if active ~= '0' then sum.locked = sum.locked + 1 end
 end
 return {
-  'tally', redis.call('ZCOUNT', KEYS[2], '-inf', '(inf'), tonumber(expired or 0), tonumber(confirmed or 0), sum.released, sum.users, sum.locked,
+  'tally', redis.call('ZCOUNT', KEYS[2], '-inf', '(inf'), tonumber(expired or 0), tonumber(confirmed or 0), sum.released,
+  sum.users, sum.locked,
 }
