@@ -260,6 +260,7 @@ impl Floor {
 
     async fn cycles(&mut self, redis: &Process, seconds: f64) -> anyhow::Result<(f64, f64)> {
         let [lock, release] = [named("lock")?, named("release")?].map(Script::sha);
+        let limits = ["300000", "86400000", PER_EVENT_MAX, INTERVAL_US, BURST_US].join(" ");
         let (began, cpu, mut done, mut places) = (Instant::now(), redis.cpu()?, 0_usize, Places(7));
         while began.elapsed().as_secs_f64() < seconds {
             let mut locks = Vec::new();
@@ -268,20 +269,18 @@ impl Floor {
                 let id = LockId::generate(EventId::new(event)?).to_string();
                 let (user, category) = (user.to_string(), category.to_string());
                 let keys =
-                    ["book", "deadlines", "ended", "settling"].map(|name| format!("seatlock:2:{{e:{event}}}:{name}"));
-                let own = format!("seatlock:2:{{e:{event}}}:lock:{id}");
-                let rate = format!("seatlock:2:{{e:{event}}}:rate:{user}");
-                let channel = format!("seatlock:2:{{e:{event}}}:changes");
+                    ["book", "deadlines", "ended", "settling"].map(|name| format!("seatlock:3:{{e:{event}}}:{name}"));
+                let own = format!("seatlock:3:{{e:{event}}}:lock:{id}");
+                let rate = format!("seatlock:3:{{e:{event}}}:rate:{user}");
                 let keys = keys.each_ref().map(String::as_str);
                 let session = "00000000000000000000000000000000";
                 let mut parts = vec!["EVALSHA", lock, "5"];
                 parts.extend(&keys[..3]);
-                parts.extend([own.as_str(), &rate, &channel, &id, &user, &category, "1", "300000", "86400000"]);
-                parts.extend([PER_EVENT_MAX, INTERVAL_US, BURST_US, BURST_MS, session, "1"]);
+                parts.extend([own.as_str(), &rate, &id, &user, &category, "1", session, "1", &limits, BURST_MS]);
                 self.command(&parts);
                 let mut parts = vec!["EVALSHA".to_owned(), release.to_owned(), "5".to_owned()];
                 parts.extend(keys.map(str::to_owned));
-                parts.extend([own, channel, id, "owner".to_owned(), user, session.to_owned()]);
+                parts.extend([own, id, "owner".to_owned(), user, session.to_owned()]);
                 locks.push(parts);
             }
             // Each has at most one lock in a category, so some places are taken twice and nobody is in the way.

@@ -1,12 +1,12 @@
 -- What every script about one event shares. Joined in front of each of them, but for functions that it does not call: a
 -- blank line ends a part, and a part has one function at most.
 --
--- KEYS[1..3] are the same in every script of an event, KEYS[4] and KEYS[5] where a sale is settled or shown; ARGV[1] is
--- always the event's channel:
+-- KEYS[1..3] are the same in every script of an event, KEYS[4] and KEYS[5] where a sale is settled or shown. The book's name
+-- is also that of the channel on which the event's changes are told:
 --
 --   KEYS[1] book       hash  <category> -> "stock total open active settling version users released": `users` is by how
 --                                       many the locks and ends here made the users with locks in the event more
---                            <user>:<category> -> "lock quantity created_ms deadline_ms cut_ms generation hold"
+--                            <user>:<category> -> "deadline_ms lock quantity created_ms cut_ms generation hold"
 --                            <user>~<category> -> "lock:quantity:order ..." confirmed, order not reported
 --                            <user>:           -> "locks held": active locks; tickets held and confirmed
 --                            and of the event: categories, counter, number, stored_ms, warned_ms, #expired, #confirmed,
@@ -71,7 +71,7 @@ end
 -- Stores a category's changed counts under its next version and announces both: one step. A version is the time in
 -- microseconds, or the one after the last: it rises even when Redis goes on from an older copy of its data.
 -- `changes` is "" or " kind:quantity:user ..."; behind it are further fields of the book and what they become. Returns the
--- announced "stock total open active settling version now_ms". On a cluster the line with ARGV[1] is made to say SPUBLISH.
+-- announced "stock total open active settling version now_ms". On a cluster the line with PUBLISH is made to say SPUBLISH.
 local function save(row, changes, ...)
   local last = row.version
   row.version = #last == #now_us and last < now_us and now_us
@@ -79,7 +79,7 @@ local function save(row, changes, ...)
   local told = row.stock .. ' ' .. row.total .. ' ' .. row.open .. ' ' .. row.active .. ' ' .. row.settling .. ' ' .. row.version
   redis.call('HSET', KEYS[1], row.category, told .. ' ' .. row.users .. ' ' .. row.released, ...)
   told = told .. ' ' .. now_text
-  redis.call('PUBLISH', ARGV[1], row.category .. ' ' .. told .. changes)
+  redis.call('PUBLISH', KEYS[1], row.category .. ' ' .. told .. changes)
   return told
 end
 
@@ -104,8 +104,8 @@ end
 
 -- The active lock out of what the book says of a user and category, and its deadline as text; nil when there is none.
 local function active_of(text)
-  local lock, deadline = string.match(text or '', '^(%S+) %d+ %d+ (%d+)')
-  if lock and deadline > now_text then return lock, deadline end
+  local deadline = text and string.sub(text, 1, #now_text)
+  if deadline and deadline > now_text then return string.match(text, '^%d+ (%S+)'), deadline end
 end
 
 -- All that the book says of a user's lock of a category; nil when that is nothing. `active` is false from its deadline on;
@@ -113,8 +113,8 @@ end
 local function held_lock(user, category)
   local text = redis.call('HGET', KEYS[1], user .. ':' .. category)
   if not text then return nil end
-  local lock, quantity, created, deadline, cut, generation, state =
-    string.match(text, '^(%S+) (%d+) (%d+) (%d+) (%d+) (%d+) (%a+)$')
+  local deadline, lock, quantity, created, cut, generation, state =
+    string.match(text, '^(%d+) (%S+) (%d+) (%d+) (%d+) (%d+) (%a+)$')
   deadline = tonumber(deadline)
   return {
     lock = lock, category = category, quantity = tonumber(quantity), user = user, created = created, deadline = deadline,
@@ -125,20 +125,20 @@ end
 -- Writes down what is changed of an active lock.
 local function save_held(held)
   redis.call('ZADD', KEYS[2], int(held.deadline), member_of(held.lock, held.category, int(held.quantity), held.user))
-  redis.call('HSET', KEYS[1], held.user .. ':' .. held.category, string.format('%s %d %s %d %d %d %s', held.lock,
-    held.quantity, held.created, held.deadline, held.cut, held.generation, held.state))
+  redis.call('HSET', KEYS[1], held.user .. ':' .. held.category, string.format('%d %s %d %s %d %d %s', held.deadline,
+    held.lock, held.quantity, held.created, held.cut, held.generation, held.state))
 end
 
--- A lock's own key says "user category quantity created_ms version session", "-" for no session, and of one that a caller
--- ended " status deadline_ms releaser order" behind it, "-" for no releaser: the first six as one text, the first four of
--- them, then the end.
-local FACTS = '^((%d+) (%d+) (%d+) (%d+) %d+ %S+) ?(.*)$'
-local END = '^(%a+) (%d+) (%S+) (.*)$'
+-- A lock's own key says "user category quantity created_ms version session", "-" for no session; of one that a caller ended
+-- "status deadline_ms releaser order " stands in front of it, "-" for no releaser, nothing for no order. The four and the
+-- rest; the first four of the other.
+local ENDED = '^(%a+) (%d+) (%S+) (%S*) (.*)$'
+local FACTS = '^(%d+) (%d+) (%d+) (%d+)'
 
--- Writes down an active lock, of which ARGV[2] to ARGV[5] say its id, user, category and quantity, under its own key, and
+-- Writes down an active lock, of which ARGV[1] to ARGV[4] say its id, user, category and quantity, under its own key, and
 -- saves the counts of its category; returns what `save` does. `due` and the user's `sums` are what the book said before.
 local function write_lock(key, row, changes, created, deadline, generation, state, session, due, sums)
-  local lock, user, category, quantity = ARGV[2], ARGV[3], ARGV[4], ARGV[5]
+  local lock, user, category, quantity = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
   local locks, tickets = '1', quantity
   if sums then
     locks, tickets = string.match(sums, '^(%d+) (%d+)$')
@@ -149,7 +149,7 @@ local function write_lock(key, row, changes, created, deadline, generation, stat
   end
   row.active = row.active + quantity
   local told = save(row, changes, user .. ':' .. category,
-    lock .. ' ' .. quantity .. ' ' .. created .. ' ' .. deadline .. ' 0 ' .. generation .. ' ' .. state,
+    deadline .. ' ' .. lock .. ' ' .. quantity .. ' ' .. created .. ' 0 ' .. generation .. ' ' .. state,
     user .. ':', locks .. ' ' .. tickets)
   -- Not by `member_of`, here and in `release`: to make the function takes longer than to write this.
   redis.call('ZADD', KEYS[2], deadline, lock .. '|' .. category .. '|' .. quantity .. '|' .. user)
@@ -178,7 +178,7 @@ local function expire_due(left)
     for i, lock in ipairs(locks) do
       local category, quantity, user = lock.category, lock.quantity, lock.user
       local reason = string.sub(held[2 * i - 1] or '', -9) == 'abandoned' and 'abandoned' or 'expired'
-      local created, deadline = string.match(held[2 * i - 1] or '', '^%S+ %d+ (%d+)'), tonumber(ended[2 * i - 1])
+      local created, deadline = string.match(held[2 * i - 1] or '', '^%d+ %S+ %d+ (%d+)'), tonumber(ended[2 * i - 1])
       ends[i] = reason .. ':' .. deadline - (created or deadline) .. ':' .. now - deadline
       local row = rows[category] or load(category)
       if row then

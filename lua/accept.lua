@@ -5,9 +5,8 @@
 -- KEYS[3] ended      zset
 -- KEYS[4] settling   zset
 -- KEYS[5] sold       zset
--- ARGV[1] channel    text
--- ARGV[2] number     integer  drawn before the events-service was asked
--- ARGV[3..] four for each category: category, total, stock, open ("1" or "0")
+-- ARGV[1] number     integer  drawn before the events-service was asked
+-- ARGV[2..] four for each category: category, total, stock, open ("1" or "0")
 --
 -- RETURNS one of
 --   {"accepted"}
@@ -16,18 +15,18 @@
 -- COST O(c + s) in categories and settled locks (1,000 at most a call; the rest waits, which under-counts what is free);
 -- 3 + c reads, 3 + c writes, a publish for each category that changed.
 
-local number = tonumber(ARGV[2])
+local number = tonumber(ARGV[1])
 if number <= tonumber(redis.call('HGET', KEYS[1], 'number') or 0) then return {'older'} end
 
 local settled = {}
-for _, member in ipairs(redis.call('ZRANGEBYSCORE', KEYS[5], '-inf', '(' .. ARGV[2], 'LIMIT', '0', int(BATCH))) do
+for _, member in ipairs(redis.call('ZRANGEBYSCORE', KEYS[5], '-inf', '(' .. ARGV[1], 'LIMIT', '0', int(BATCH))) do
   local category, quantity = string.match(member, '^[^|]+|(%d+)|(%d+)|%d+$')
   settled[category] = (settled[category] or 0) + quantity
   redis.call('ZREM', KEYS[5], member)
 end
 
 local told, categories = {}, {}
-for i = 3, #ARGV, 4 do
+for i = 2, #ARGV, 4 do
   told[ARGV[i]] = { total = ARGV[i + 1], stock = ARGV[i + 2], open = ARGV[i + 3] }
   categories[#categories + 1] = ARGV[i]
 end
@@ -49,6 +48,6 @@ for _, category in ipairs(categories) do
     save(row, '')
   end
 end
-redis.call('HSET', KEYS[1], 'number', ARGV[2], 'stored_ms', int(now), 'categories', table.concat(categories, ' '))
+redis.call('HSET', KEYS[1], 'number', ARGV[1], 'stored_ms', int(now), 'categories', table.concat(categories, ' '))
 keep(KEYS[1])
 return {'accepted'}

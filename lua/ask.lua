@@ -7,8 +7,7 @@
 -- KEYS[3] ended       zset
 -- KEYS[4] settling    zset
 -- KEYS[5] sold        zset
--- ARGV[1] channel     text
--- ARGV[2] age_min_ms  integer a stored snapshot at most so old is fresh enough; 0 = none is
+-- ARGV[1] age_min_ms  integer a stored snapshot at most so old is fresh enough; 0 = none is
 --
 -- RETURNS one of
 --   {"ask", number, timed_out}   timed_out: how many confirmed locks were marked
@@ -25,7 +24,7 @@ for _, member in ipairs(late) do
   mark(lock, category, quantity, user)
 end
 local stored = redis.call('HGET', KEYS[1], 'stored_ms')
-local age_min = tonumber(ARGV[2])
+local age_min = tonumber(ARGV[1])
 if stored and age_min > 0 and now - stored <= age_min and redis.call('EXISTS', KEYS[5]) == 0 then return {'fresh'} end
 local number = draw()
 if stored then

@@ -3,21 +3,20 @@
 -- KEYS[1] book        hash
 -- KEYS[2] deadlines   zset
 -- KEYS[3] ended       zset
--- ARGV[1] channel     text
--- ARGV[2] age_max_ms  integer the oldest snapshot that will do
+-- ARGV[1] age_max_ms  integer the oldest snapshot that will do
 --
--- RETURNS one of
---   {"known", now_ms, {category, "stock total open active settling version"}, ...}
---   {"stock_unknown"}   no snapshot young enough
+-- RETURNS one of the texts
+--   "known now_ms category stock total open active settling version category stock ..."
+--   "stock_unknown"   no snapshot young enough
 --
 -- COST O(c) in categories of the event; 2 + c reads.
 
 expire_due()
-local stored = redis.call('HGET', KEYS[1], 'stored_ms')
-if not stored or now - stored > tonumber(ARGV[2]) then return {'stock_unknown'} end
-local reply = {'known', now}
-for category in string.gmatch(redis.call('HGET', KEYS[1], 'categories') or '', '%S+') do
-  local row = load(category)
-  reply[#reply + 1] = {category, table.concat({row.stock, row.total, row.open, row.active, row.settling, row.version}, ' ')}
+local stored, categories = unpack(redis.call('HMGET', KEYS[1], 'stored_ms', 'categories'))
+if not stored or now - stored > tonumber(ARGV[1]) then return 'stock_unknown' end
+local rows = {}
+for category in string.gmatch(categories or '', '%S+') do
+  local row = redis.call('HGET', KEYS[1], category)
+  rows[#rows + 1] = ' ' .. category .. ' ' .. string.match(row, '^%d+ %d+ [01] %d+ %d+ %d+')
 end
-return reply
+return 'known ' .. now_text .. table.concat(rows)

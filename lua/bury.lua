@@ -13,7 +13,7 @@
 for i = 1, #ARGV do
   local lock, category, user = string.match(ARGV[i], '^([^|]+)|(%d+)|%d+|(%d+)$')
   local holder = redis.call('HGET', KEYS[2], user .. ':' .. category)
-  if holder and string.sub(holder, 1, #lock) == lock then redis.call('HDEL', KEYS[2], user .. ':' .. category) end
+  if string.match(holder or '', '^%d+ (%S+)') == lock then redis.call('HDEL', KEYS[2], user .. ':' .. category) end
   redis.call('ZREM', KEYS[1], ARGV[i])
   redis.call('DEL', KEYS[i + 2])
 end

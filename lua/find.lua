@@ -4,8 +4,7 @@
 -- KEYS[2] deadlines  zset
 -- KEYS[3] ended      zset
 -- KEYS[4] lock       string
--- ARGV[1] channel    text
--- ARGV[2] lock       text
+-- ARGV[1] lock       text
 --
 -- RETURNS one of
 --   {"found", status, user, category, quantity, created_ms, deadline_ms, version, session, order}   session: "-" for none
@@ -15,12 +14,12 @@
 
 local text = redis.call('GET', KEYS[4])
 if not text then return {'not_found'} end
-local facts, user, category, quantity, created, ended = string.match(text, FACTS)
-local version, session = string.match(facts, ' (%d+) (%S+)$')
-local status, deadline, _, order = string.match(ended, END)
+local status, deadline, _, order, facts = string.match(text, ENDED)
+local user, category, quantity, created = string.match(facts or text, FACTS)
+local version, session = string.match(text, ' (%d+) (%S+)$')
 if not status then
   status = 'active'
-  local member = member_of(ARGV[2], category, quantity, user)
+  local member = member_of(ARGV[1], category, quantity, user)
   deadline = redis.call('ZSCORE', KEYS[2], member)
   if not deadline or tonumber(deadline) <= now then
     status = 'expired'

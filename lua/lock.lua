@@ -4,21 +4,18 @@
 -- KEYS[2] deadlines   zset
 -- KEYS[3] ended       zset
 -- KEYS[4] lock        string  the lock's facts, and how it ended if a caller ended it: see `FACTS`; TTL key
--- KEYS[5] rate        string  theoretical arrival time_us of the user's next try; TTL key
+-- KEYS[5] rate        string  theoretical arrival time_us of the user's last try; TTL key
 -- KEYS[6..] request   string  "lock category quantity version" of a request id; none where the request has none
--- ARGV[1] channel     text
--- ARGV[2] lock        text    the new lock's id
--- ARGV[3] user        integer
--- ARGV[4] category    integer
--- ARGV[5] quantity    integer
--- ARGV[6] ttl_ms      integer
--- ARGV[7] age_max_ms  integer the oldest snapshot that may decide
--- ARGV[8] held_max    integer tickets that a user may hold and have confirmed in the event; 0 = no limit
--- ARGV[9] interval_us integer between two tries at the steady rate; 0 = no limit
--- ARGV[10] burst_us   integer what the tries allowed at once take at that rate
--- ARGV[11] burst_ms   integer the same, rounded up
--- ARGV[12] session    text    "-" when none
--- ARGV[13] generation integer the user's presence generation
+-- ARGV[1] lock        text    the new lock's id
+-- ARGV[2] user        integer
+-- ARGV[3] category    integer
+-- ARGV[4] quantity    integer
+-- ARGV[5] session    text    "-" when none
+-- ARGV[6] generation integer the user's presence generation
+-- ARGV[7] limits     text    "ttl_ms age_max_ms held_max interval_us burst_us": the oldest snapshot that may decide; tickets
+--                            that a user may hold and have confirmed in the event, 0 = no limit; between two tries at the
+--                            steady rate, 0 = no limit; what the tries allowed at once take at that rate
+-- ARGV[8] burst_ms   integer the last of them, rounded up
 --
 -- RETURNS one of the texts
 --   "granted deadline_ms stock total open active settling version now_ms"
@@ -32,7 +29,8 @@
 --
 -- COST O(log n) in active locks of the event; granted: 2 reads, 4 writes, 1 publish.
 
-local user, category, quantity, held_max, request = ARGV[3], ARGV[4], ARGV[5] + 0, ARGV[8] + 0, KEYS[6]
+local user, category, quantity, request = ARGV[2], ARGV[3], ARGV[4] + 0, KEYS[6]
+local ttl, age_max, held_max, interval, burst = string.match(ARGV[7], '^(%d+) (%d+) (%d+) (%d+) (%d+)$')
 local due, row, free, held, deadline, sums, tickets, is_full, stored
 -- More may be due than one call ends; what has expired neither fills a user's limit nor the category.
 repeat
@@ -41,7 +39,7 @@ repeat
   row, held, deadline = load(category, counts), active_of(text)
   free = row and row.open == '1' and math.max(0, row.stock - row.active - row.settling) or 0
   tickets = sums and string.match(sums, '%d+$') or 0
-  is_full = held_max > 0 and tickets + quantity > held_max
+  is_full = held_max ~= '0' and tickets + quantity > held_max + 0
 until not is_full and free >= quantity or expire_due() == 0 and (not is_full or expire_due(true) == 0)
 
 if request then
@@ -57,16 +55,17 @@ if request then
   end
 end
 
-if not stored or stored + ARGV[7] < now then return 'stock_unknown' end
+if not stored or stored + age_max < now then return 'stock_unknown' end
 
-local interval = ARGV[9] + 0
-if interval > 0 then
-  local tried = tonumber(now_us)
-  local arrival = math.max(redis.call('GET', KEYS[5]) or 0, tried) + interval
-  local early = arrival - tried - ARGV[10]
-  if early > 0 then return 'rate_limited ' .. early end
+if interval ~= '0' then
+  local tried, last = now_us, redis.call('GET', KEYS[5])
+  local early = last and last + interval - now_us or 0
+  if early > 0 then
+    if early + interval > burst + 0 then return 'rate_limited ' .. early + interval - burst end
+    tried = string.format('%d', last + interval)
+  end
   -- For as long as it could limit anybody: a key that ends with each try is more work than one that is written anew.
-  redis.call('SET', KEYS[5], string.format('%d', arrival), 'PX', ARGV[11])
+  redis.call('SET', KEYS[5], tried, 'PX', ARGV[8])
 end
 
 if not row then return 'category_not_found' end
@@ -78,11 +77,11 @@ if free < quantity then
   return 'insufficient ' .. free
 end
 
-deadline = now + ARGV[6] .. ''
-local told = write_lock(KEYS[4], row, ' locked:' .. ARGV[5] .. ':' .. user, now_text, deadline, ARGV[13], 'attended', ARGV[12],
+deadline = now + ttl .. ''
+local told = write_lock(KEYS[4], row, ' locked:' .. ARGV[4] .. ':' .. user, now_text, deadline, ARGV[6], 'attended', ARGV[5],
   due, sums)
 if request then
-  redis.call('SET', request, ARGV[2] .. ' ' .. category .. ' ' .. ARGV[5] .. ' ' .. row.version, 'PX',
-    ARGV[6] + TOMBSTONE_MS)
+  redis.call('SET', request, ARGV[1] .. ' ' .. category .. ' ' .. ARGV[4] .. ' ' .. row.version, 'PX',
+    int(ttl + TOMBSTONE_MS))
 end
 return 'granted ' .. deadline .. ' ' .. told

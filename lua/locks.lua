@@ -3,8 +3,7 @@
 -- KEYS[1] book       hash
 -- KEYS[2] deadlines  zset
 -- KEYS[3] ended      zset
--- ARGV[1] channel    text
--- ARGV[2] user       integer
+-- ARGV[1] user       integer
 --
 -- RETURNS
 --   {"locks", {lock, category, quantity, created_ms, deadline_ms, state}, ...}   by category as the events-service lists them
@@ -13,7 +12,7 @@
 
 local reply = {'locks'}
 for category in string.gmatch(redis.call('HGET', KEYS[1], 'categories') or '', '%S+') do
-  local held = held_lock(ARGV[2], category)
+  local held = held_lock(ARGV[1], category)
   if held and held.active then
     reply[#reply + 1] = {held.lock, category, int(held.quantity), held.created, int(held.deadline), held.state}
   end

@@ -10,14 +10,13 @@
 -- KEYS[4] settling   zset
 -- KEYS[5] sold       zset
 -- KEYS[6] order      string  "result category user matched unmatched"
--- ARGV[1] channel    text
--- ARGV[2] order      text
--- ARGV[3] category   integer
--- ARGV[4] quantity   integer
--- ARGV[5] user       integer
--- ARGV[6] lock       text    "" when the report names none
--- ARGV[7] result     text    "completed" or "cancelled"
--- ARGV[8] claim      text    "1": answer "confirm_first" where a lock should be confirmed by this order's word
+-- ARGV[1] order      text
+-- ARGV[2] category   integer
+-- ARGV[3] quantity   integer
+-- ARGV[4] user       integer
+-- ARGV[5] lock       text    "" when the report names none
+-- ARGV[6] result     text    "completed" or "cancelled"
+-- ARGV[7] claim      text    "1": answer "confirm_first" where a lock should be confirmed by this order's word
 --
 -- RETURNS one of
 --   {"noted"}                  counted; the stock should be asked for
@@ -29,8 +28,8 @@
 -- COST O(log n + w) in active locks and the buyer's unreported confirmed locks; 5 reads, 3 + 4w writes, 1 publish.
 
 expire_due()
-local order, category, quantity, user = ARGV[2], ARGV[3], tonumber(ARGV[4]), ARGV[5]
-local named, completed = ARGV[6], ARGV[7] == 'completed'
+local order, category, quantity, user = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
+local named, completed = ARGV[5], ARGV[6] == 'completed'
 local record = redis.call('GET', KEYS[6])
 local result, its_category, its_user, matched_before, unmatched_before =
   string.match(record or 'none 0 0 0 0', '^(%a+) (%d+) (%d+) (%d+) (%d+)$')
@@ -60,7 +59,7 @@ if completed and result == 'cancelled' then
   return {'after_cancel'}
 end
 
-if completed and not record and ARGV[8] == '1' then
+if completed and not record and ARGV[7] == '1' then
   local held = held_lock(user, category)
   if held and held.active and (held.lock == named or named == '' and held.state == 'pinned' and #fits == 0) then
     return {'confirm_first', held.lock}
@@ -78,7 +77,7 @@ for _, waiting in ipairs(fits) do matched = matched + waiting.quantity end
 if not completed then
   hold(user, redis.call('HGET', KEYS[1], user .. ':'), 0, -(matched + matched_before))
   remember('cancelled', 0, 0)
-  if row and (record or matched > 0) then save(row, ' cancelled:' .. ARGV[4] .. ':' .. user) end
+  if row and (record or matched > 0) then save(row, ' cancelled:' .. ARGV[3] .. ':' .. user) end
   return {'noted'}
 end
 

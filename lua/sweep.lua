@@ -5,8 +5,7 @@
 -- KEYS[3] ended       zset
 -- KEYS[4] settling    zset
 -- KEYS[5] sold        zset
--- ARGV[1] channel     text
--- ARGV[2] warning_ms  integer how long before its deadline a lock's owner is warned
+-- ARGV[1] warning_ms  integer how long before its deadline a lock's owner is warned
 --
 -- RETURNS
 --   {"swept", expired, left, refresh, next_ms, ends, {member, ...}}
@@ -24,7 +23,7 @@ local ends = redis.call('HGET', KEYS[1], '#ends')
 if ends then redis.call('HDEL', KEYS[1], '#ends') end
 
 -- Each lock is warned about once: when the horizon, which only moves on, passes its deadline.
-local warning = tonumber(ARGV[2])
+local warning = tonumber(ARGV[1])
 local warned = tonumber(redis.call('HGET', KEYS[1], 'warned_ms') or 0)
 local near = redis.call('ZRANGEBYSCORE', KEYS[2], '(' .. int(math.max(warned, now)), int(now + warning), 'WITHSCORES', 'LIMIT', '0',
   int(BATCH))

@@ -29,9 +29,10 @@ redis.defineCommand('release_', { numberOfKeys: 5, lua: joined('release') });
 
 const TTL_MS = 300_000;
 const DAY_MS = 86_400_000;
+const LIMITS = [TTL_MS, DAY_MS, process.env.PER_EVENT_MAX, process.env.INTERVAL_US, process.env.BURST_US].join(' ');
 
 const keysOf = (event, ...more) =>
-  ['book', 'deadlines', 'ended', ...more].map((name) => `seatlock:2:{e:${event}}:${name}`);
+  ['book', 'deadlines', 'ended', ...more].map((name) => `seatlock:3:{e:${event}}:${name}`);
 
 // A version 8 UUID with the event in 53 of its bits, as the service makes them.
 function lockId(event) {
@@ -64,9 +65,8 @@ async function lock(user, session, { eventId, categoryId, quantity }) {
     unlessRecent(eventId, () =>
       redis.touch_('seatlock:{fleet}:due', 'seatlock:{fleet}:events', eventId, TTL_MS - 60_000)),
     unlessRecent(`${user} ${eventId}`, () => redis.visit_(`seatlock:{u:${user}}`, eventId)),
-    redis.lock_(...keysOf(eventId, `lock:${id}`, `rate:${user}`), `seatlock:2:{e:${eventId}}:changes`, id, user, categoryId,
-      quantity, TTL_MS, DAY_MS, process.env.PER_EVENT_MAX, process.env.INTERVAL_US, process.env.BURST_US,
-      process.env.BURST_MS, session, 1),
+    redis.lock_(...keysOf(eventId, `lock:${id}`, `rate:${user}`), id, user, categoryId, quantity, session, 1, LIMITS,
+      process.env.BURST_MS),
   ]);
   const [word, ...numbers] = said.split(' ');
   if (word !== 'granted') return { success: false, code: word, message: word, eventId, categoryId };
@@ -85,8 +85,7 @@ async function lock(user, session, { eventId, categoryId, quantity }) {
 
 async function unlock(user, session, { lockId: id }) {
   const event = eventOf(id);
-  const said = await redis.release_(...keysOf(event, 'settling', `lock:${id}`), `seatlock:2:{e:${event}}:changes`, id,
-    'owner', user, session);
+  const said = await redis.release_(...keysOf(event, 'settling', `lock:${id}`), id, 'owner', user, session);
   if (!said.startsWith('released ')) return { success: false, code: 'lock_not_found', message: 'No tickets found to unlock' };
   return { success: true, message: 'Tickets unlocked successfully', lockId: id };
 }

@@ -82,8 +82,7 @@ impl Call {
         Self { words, keys: 0, args: 0, first_key: 0..0, tag: 0..0 }
     }
 
-    /// Of a script about an event: those of its keys that the script takes come first, and its channel is the first
-    /// argument.
+    /// Of a script about an event: those of its keys that the script takes come first.
     pub(super) fn about(event: EventId, script: &Script) -> Self {
         let mut call = Self { words: Words(Vec::with_capacity(640)), ..Self::new() };
         let [first, others @ ..] = key::OF_EVENT;
@@ -127,28 +126,27 @@ impl Call {
         self.add_arg(|words| words.number(number))
     }
 
+    /// Adds numbers as one argument, spaces between them.
+    pub(super) fn numbers(self, numbers: &[u64]) -> Self {
+        self.add_arg(|words| {
+            for (at, &number) in numbers.iter().enumerate() {
+                if at > 0 {
+                    words.0.push(b' ');
+                }
+                words.number(number);
+            }
+        })
+    }
+
     /// Adds arguments.
     pub(super) fn args(self, args: impl IntoIterator<Item: Display>) -> Self {
         args.into_iter().fold(self, Self::arg)
     }
 
     fn add_arg(mut self, write: impl FnOnce(&mut Words)) -> Self {
-        self.add_channel();
         self.words.word(write);
         self.args += 1;
         self
-    }
-
-    /// The event's channel, behind the keys and before every argument.
-    fn add_channel(&mut self) {
-        if self.args == 0 && !self.tag.is_empty() {
-            let tag = self.tag.clone();
-            self.words.word(|words| {
-                words.0.extend_from_within(tag);
-                words.0.extend_from_slice(key::CHANGES.as_bytes());
-            });
-            self.args += 1;
-        }
     }
 
     /// How many keys and how many arguments so far.
@@ -157,8 +155,7 @@ impl Call {
     }
 
     /// Ready to be sent, more than once if need be.
-    pub(super) fn close(mut self) -> ClosedCall {
-        self.add_channel();
+    pub(super) fn close(self) -> ClosedCall {
         let (keys, args, first_key) = (self.keys, self.args, self.first_key);
         ClosedCall { keys, args, first_key, words: self.words.0.into() }
     }
@@ -196,15 +193,15 @@ mod tests {
     fn keys_and_arguments_keep_their_order_and_their_bounds() {
         let event = EventId::new(7).expect("an id");
         let call = Call::about(event, &script::ORDER).key("a").own("rate:", 12).arg("").number(12).args(["d", "ef"]);
-        assert_eq!(call.count(), (7, 5));
+        assert_eq!(call.count(), (7, 4));
         let call = call.close();
-        assert_eq!((call.keys, call.args, call.first_key()), (7, 5, "seatlock:2:{e:7}:book"));
-        let own = key::OF_EVENT.map(|name| format!("seatlock:2:{{e:7}}:{name}"));
+        assert_eq!((call.keys, call.args, call.first_key()), (7, 4, "seatlock:3:{e:7}:book"));
+        let own = key::OF_EVENT.map(|name| format!("seatlock:3:{{e:7}}:{name}"));
         let mut words: Vec<&str> = own.iter().map(String::as_str).collect();
-        words.extend(["a", "seatlock:2:{e:7}:rate:12", "seatlock:2:{e:7}:changes", "", "12", "d", "ef"]);
+        words.extend(["a", "seatlock:3:{e:7}:rate:12", "", "12", "d", "ef"]);
         assert_eq!(String::from_utf8_lossy(&call.words), sent(&words));
         let bare = Call::about(event, &script::LOCK).close();
-        assert_eq!((bare.keys, bare.args), (3, 1), "the channel is always there");
+        assert_eq!((bare.keys, bare.args), (3, 0));
         let nothing = Call::new().close();
         assert_eq!((nothing.keys, nothing.args, nothing.first_key(), nothing.words.len()), (0, 0, "", 0));
     }
@@ -218,5 +215,6 @@ mod tests {
             assert_eq!(call.first_key(), word);
         }
         assert_eq!(Call::new().number(u64::MAX).close().words, sent(&[&u64::MAX.to_string()]).as_bytes());
+        assert_eq!(Call::new().numbers(&[1, 20, 0]).numbers(&[]).close().words, sent(&["1 20 0", ""]).as_bytes());
     }
 }

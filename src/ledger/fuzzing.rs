@@ -44,7 +44,7 @@ pub fn replies(data: &[u8]) {
         rate: None,
     };
     if let Some(said) = Reply::of(format!("${}\r\n{text}\r\n", text.len())) {
-        drop((reply::lock(&said, &request), reply::release(&said, id)));
+        drop((reply::lock(&said, &request), reply::release(&said, id), reply::availability(&said, event)));
     }
     for script in Script::ALL {
         let Ok(parts) = parts(script) else { return };
@@ -54,7 +54,6 @@ pub fn replies(data: &[u8]) {
             "confirm" => drop(reply::confirm(parts)),
             "find" => drop(reply::find(parts, id)),
             "locks" => drop(reply::locks(parts, user)),
-            "availability" => drop(reply::availability(parts, event)),
             "ask" => drop(reply::ask(parts)),
             "accept" => drop(reply::accept(&parts)),
             "order" => drop(reply::order(parts)),

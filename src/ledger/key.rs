@@ -8,7 +8,8 @@ use std::fmt::{self, Display, Formatter, from_fn};
 use crate::domain::{EventId, LockId, RequestId, UserId};
 
 /// The keys that scripts of an event take, in the order of the scripts' `KEYS`: each the first few, as many as it needs.
-pub(super) const OF_EVENT: [&str; 5] = ["book", "deadlines", "ended", "settling", "sold"];
+pub(super) const OF_EVENT: [&str; 5] = [BOOK, "deadlines", "ended", "settling", "sold"];
+const BOOK: &str = "book";
 
 // Piece by piece, which takes half as long as a format of formats.
 fn write_tag(f: &mut Formatter<'_>, event: EventId) -> fmt::Result {
@@ -85,14 +86,14 @@ pub(super) const DEAD: &str = "seatlock:{fleet}:dead";
 /// Made by the fleet's first beat: another one means that the data was lost.
 pub(super) const EPOCH: &str = "seatlock:{fleet}:epoch";
 
-/// Where an event's changes are told: in the event's own slot.
+/// Where an event's changes are told: its book's name is that of a channel too, so that no script needs another.
 pub(super) fn event_channel(event: EventId) -> String {
-    of_event(event, CHANGES).to_string()
+    of_event(event, BOOK).to_string()
 }
 
 /// The event that a channel tells the changes of.
 pub(super) fn event_of_channel(channel: &str) -> Option<EventId> {
-    channel.strip_prefix(TAG)?.strip_suffix(CHANGES)?.strip_suffix(TAG_END)?.parse().ok()
+    channel.strip_prefix(TAG)?.strip_suffix(BOOK)?.strip_suffix(TAG_END)?.parse().ok()
 }
 
 /// Whether a channel tells an event's changes.
@@ -107,11 +108,8 @@ pub(super) fn user_channel(user: UserId) -> String {
 
 /// What stands around the event in its keys and its channel. The number is that of their layout: what another layout wrote is
 /// never read.
-const TAG: &str = "seatlock:2:{e:";
+const TAG: &str = "seatlock:3:{e:";
 const TAG_END: &str = "}:";
-
-/// What an event's channel ends with.
-pub(super) const CHANGES: &str = "changes";
 
 /// What every user's channel begins with; the scripts know it too.
 pub(super) const USER_CHANNEL: &str = "seatlock:user:";

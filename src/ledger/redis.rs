@@ -398,14 +398,16 @@ impl Ledger for RedisLedger {
             .number(request.user.value())
             .number(request.category.value())
             .number(request.quantity.value().into())
-            .number(whole_ms(request.ttl))
-            .number(whole_ms(request.stock_age_max))
-            .number(request.per_event_max.unwrap_or(0).into())
-            .number(whole_us(rate.interval))
-            .number(whole_us(burst))
-            .number(whole_us(burst).div_ceil(1000))
             .arg(dash(request.session))
-            .number(request.generation);
+            .number(request.generation)
+            .numbers(&[
+                whole_ms(request.ttl),
+                whole_ms(request.stock_age_max),
+                request.per_event_max.unwrap_or(0).into(),
+                whole_us(rate.interval),
+                whole_us(burst),
+            ])
+            .number(whole_us(burst).div_ceil(1000));
         // The indexes are written first (one connection keeps the order, and `biased` does where a script's text has to
         // be sent after all), so that they are never too small; the first thing due is the warning, or the deadline
         // where it is too near for one.
@@ -531,7 +533,7 @@ impl Ledger for RedisLedger {
 
     async fn availability(&self, event: EventId, age_max: Duration) -> Result<Option<Vec<Availability>>, LedgerError> {
         let call = Call::about(event, &script::AVAILABILITY).arg(whole_ms(age_max));
-        reply::availability(self.run(&script::AVAILABILITY, call).await?, event)
+        reply::availability(&self.driver.eval(&script::AVAILABILITY, call).await?, event)
     }
 
     async fn ask(&self, event: EventId, age_min: Duration) -> Result<AskOutcome, LedgerError> {

@@ -116,13 +116,6 @@ impl Row {
     }
 }
 
-/// The counts of a category, and nothing else.
-pub(super) fn counts(event: EventId, category: CategoryId, text: &str, at: Instant) -> Option<Availability> {
-    let mut words = Words::of(text);
-    let row = Row::read(&mut words)?;
-    words.rest().is_none().then(|| row.at(event, category, at))
-}
-
 /// What `lock` answered to a request.
 pub(super) fn lock(reply: &Reply, request: &LockRequest) -> Result<LockOutcome, LedgerError> {
     said_as(script::LOCK.name, reply, |word, words| {
@@ -343,21 +336,22 @@ pub(super) fn locks(mut parts: Parts, user: UserId) -> Result<Vec<Lock>, LedgerE
     Ok(locks)
 }
 
-pub(super) fn availability(mut parts: Parts, event: EventId) -> Result<Option<Vec<Availability>>, LedgerError> {
-    match parts.word() {
+/// The counts of every category, by category; `None` when the stock is not known.
+pub(super) fn availability(reply: &Reply, event: EventId) -> Result<Option<Vec<Availability>>, LedgerError> {
+    said_as(script::AVAILABILITY.name, reply, |word, words| match word {
         "known" => {
-            let at = parts.instant()?;
-            let mut categories = Vec::new();
-            for mut row in parts.lists()? {
-                let (category, text) = (row.read()?, row.text()?);
-                categories.push(counts(event, category, &text, at).ok_or_else(|| row.unexpected())?);
+            let at = words.instant()?;
+            let mut rows = Vec::new();
+            while words.rest().is_some() {
+                let (category, row) = (words.read()?, Row::read(words)?);
+                rows.push(row.at(event, category, at));
             }
-            categories.sort_unstable_by_key(|row| row.category);
-            Ok(Some(categories))
+            rows.sort_unstable_by_key(|row| row.category);
+            Some(Some(rows))
         }
-        "stock_unknown" => Ok(None),
-        _ => Err(parts.unexpected()),
-    }
+        "stock_unknown" => Some(None),
+        _ => None,
+    })
 }
 
 /// The outcome, and how many settlements timed out.

@@ -91,7 +91,7 @@ impl Script {
     /// that command, so it cannot be the same text everywhere.
     pub(super) fn on_cluster(&self) -> (&str, &str) {
         let (text, sha) = self.on_cluster.get_or_init(|| {
-            let text = self.source().replace("redis.call('PUBLISH', ARGV[1],", "redis.call('SPUBLISH', ARGV[1],");
+            let text = self.source().replace("redis.call('PUBLISH', KEYS[1],", "redis.call('SPUBLISH', KEYS[1],");
             let sha = super::driver::sha1(&text);
             (text, sha)
         });
@@ -150,20 +150,20 @@ macro_rules! scripts {
 use Arity::{AtLeast, Exactly};
 
 scripts! {
-    LOCK = "lock" keys 3 (AtLeast(5), Exactly(13));
-    RESTORE = "restore" keys 4 (Exactly(7), Exactly(14));
-    VALIDATE = "validate" keys 3 (Exactly(3), Exactly(5));
-    CONFIRM = "confirm" keys 4 (Exactly(6), Exactly(5));
-    RELEASE = "release" keys 4 (Exactly(5), Exactly(5));
-    FIND = "find" keys 3 (Exactly(4), Exactly(2));
-    LOCKS = "locks" keys 3 (Exactly(3), Exactly(2));
-    AVAILABILITY = "availability" keys 3 (Exactly(3), Exactly(2));
-    ASK = "ask" keys 5 (Exactly(5), Exactly(2));
-    ACCEPT = "accept" keys 5 (Exactly(5), AtLeast(2));
-    ORDER = "order" keys 5 (Exactly(6), Exactly(8));
-    ADOPT = "adopt" keys 3 (Exactly(3), Exactly(3));
-    ABANDON = "abandon" keys 3 (Exactly(3), Exactly(4));
-    SWEEP = "sweep" keys 5 (Exactly(5), Exactly(2));
+    LOCK = "lock" keys 3 (AtLeast(5), Exactly(8));
+    RESTORE = "restore" keys 4 (Exactly(7), Exactly(13));
+    VALIDATE = "validate" keys 3 (Exactly(3), Exactly(4));
+    CONFIRM = "confirm" keys 4 (Exactly(6), Exactly(4));
+    RELEASE = "release" keys 4 (Exactly(5), Exactly(4));
+    FIND = "find" keys 3 (Exactly(4), Exactly(1));
+    LOCKS = "locks" keys 3 (Exactly(3), Exactly(1));
+    AVAILABILITY = "availability" keys 3 (Exactly(3), Exactly(1));
+    ASK = "ask" keys 5 (Exactly(5), Exactly(1));
+    ACCEPT = "accept" keys 5 (Exactly(5), AtLeast(1));
+    ORDER = "order" keys 5 (Exactly(6), Exactly(7));
+    ADOPT = "adopt" keys 3 (Exactly(3), Exactly(2));
+    ABANDON = "abandon" keys 3 (Exactly(3), Exactly(3));
+    SWEEP = "sweep" keys 5 (Exactly(5), Exactly(1));
     BURY = "bury" keys 0 (AtLeast(3), AtLeast(1));
     TALLY = "tally" keys 0 (Exactly(2), Exactly(0));
     TOUCH = "touch" keys 0 (Exactly(2), Exactly(2));

@@ -634,11 +634,11 @@ async fn left_over(stage: &Stage) -> Result<(), TestCaseError> {
     let client = stage.redis.client();
     for e in 1..=EVENTS {
         for name in ["deadlines", "ended", "settling", "sold"] {
-            let key = format!("seatlock:2:{{e:{e}}}:{name}");
+            let key = format!("seatlock:3:{{e:{e}}}:{name}");
             let left: Vec<String> = client.zrange(key, 0, -1, None, false, None, false).await.unwrap();
             prop_assert!(left.iter().all(|member| member == "-"), "{} of event {} is left over: {:?}", name, e, left);
         }
-        let book: HashMap<String, String> = client.hgetall(format!("seatlock:2:{{e:{e}}}:book")).await.unwrap();
+        let book: HashMap<String, String> = client.hgetall(format!("seatlock:3:{{e:{e}}}:book")).await.unwrap();
         for (field, value) in book.into_iter().filter(|(field, _)| field.contains([':', '~'])) {
             let bought = value.strip_prefix("0 ").is_some_and(|tickets| tickets != "0");
             prop_assert!(bought, "holders of event {} are left over: {} {}", e, field, value);

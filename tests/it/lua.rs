@@ -15,6 +15,14 @@ use crate::tidy::lua::documented_replies;
 const LOCK: &str = "lock-1";
 const START_MS: u64 = 1_800_000_000_000;
 
+/// Five minutes, on a snapshot of at most ten.
+const UNLIMITED: [u64; 5] = [300_000, 600_000, 0, 0, 0];
+
+/// The same, so many tickets of the event, and tries by this interval in us and what those allowed at once take.
+const fn within(held_max: u64, interval: u64, burst: u64) -> [u64; 5] {
+    [300_000, 600_000, held_max, interval, burst]
+}
+
 /// Runs scripts by name on event 1 and notes what they answer.
 struct Bench {
     server: RedisServer,
@@ -61,12 +69,22 @@ impl Bench {
         reply
     }
 
-    /// Runs a script about event 1: its keys and its channel come first.
+    /// Runs a script about event 1: its keys come first.
     async fn event(&self, name: &str, keys: &[&str], args: &[&str]) -> Vec<String> {
         let own = ["book", "deadlines", "ended", "settling", "sold"];
         let keys: Vec<&str> = own.into_iter().take(script(name).of_event).chain(keys.iter().copied()).collect();
-        let args: Vec<&str> = std::iter::once("news").chain(args.iter().copied()).collect();
-        self.alone(name, &keys, &args).await
+        self.alone(name, &keys, args).await
+    }
+
+    /// Tries to lock. `wanted`: lock, user, category, quantity, session, generation; `limits`: as the script's header lists
+    /// them.
+    async fn lock_within(&self, keys: &[&str], wanted: [&str; 6], limits: [u64; 5]) -> Vec<String> {
+        let [.., burst] = limits;
+        // A lifetime goes by the server's own time, which goes on while that of the scripts stands.
+        let burst_ms = burst.div_ceil(1000).max(1000).to_string();
+        let limits = limits.map(|limit| limit.to_string()).join(" ");
+        let args: Vec<&str> = wanted.into_iter().chain([limits.as_str(), &burst_ms]).collect();
+        self.event("lock", keys, &args).await
     }
 
     /// A session of replica `r` enters; `user` is the key of its user.
@@ -92,9 +110,7 @@ impl Bench {
     }
 
     async fn lock(&self, lock: &str, user: &str, category: &str, quantity: &str) -> Vec<String> {
-        let more = ["300000", "600000", "0", "0", "0", "0", "-", "0"];
-        let args: Vec<&str> = [lock, user, category, quantity].into_iter().chain(more).collect();
-        self.event("lock", &[lock, "rate"], &args).await
+        self.lock_within(&[lock, "rate"], [lock, user, category, quantity, "-", "0"], UNLIMITED).await
     }
 
     async fn confirm(&self, lock: &str, user: &str, order: &str) -> String {
@@ -136,12 +152,9 @@ async fn every_documented_reply_is_reached() {
     assert_eq!(on.event("accept", &[], &["1", "1", "9", "9", "1"]).await, ["older"]);
     assert_eq!(on.event("availability", &[], &["600000"]).await[0], "known");
 
-    let repeatable = ["1", "2", "300000", "600000", "4", "1000000", "9000000", "9000", "s", "0"];
     let repeat = async |lock: &str, quantity: &str| {
-        let mut args = vec![lock, "7"];
-        args.extend(repeatable);
-        args[3] = quantity;
-        on.event("lock", &[lock, "rate-7", "request"], &args).await
+        let limits = within(4, 1_000_000, 9_000_000);
+        on.lock_within(&[lock, "rate-7", "request"], [lock, "7", "1", quantity, "s", "0"], limits).await
     };
     assert_eq!(repeat(LOCK, "2").await[0], "granted");
     let again = repeat("lock-x", "2").await;
@@ -152,14 +165,17 @@ async fn every_documented_reply_is_reached() {
     assert_eq!(on.lock("lock-x", "8", "3", "1").await, ["closed"]);
     assert_eq!(on.lock("lock-x", "8", "2", "1").await, ["sold_out"]);
     assert_eq!(on.lock("lock-x", "8", "1", "8").await, ["insufficient", "7"]);
-    let capped = ["lock-x", "7", "2", "3", "300000", "600000", "4", "0", "0", "0", "-", "0"];
-    assert_eq!(on.event("lock", &["lock-x", "rate"], &capped).await, ["limit_exceeded", "2"]);
-    let rated = ["lock-x", "8", "2", "1", "300000", "600000", "0", "1000000", "1000000", "1000", "-", "0"];
-    assert_eq!(on.event("lock", &["lock-x", "rate-8"], &rated).await, ["sold_out"]);
-    assert_eq!(on.event("lock", &["lock-x", "rate-8"], &rated).await, ["rate_limited", "1000000"]);
-    let rated = ["lock-x", "8", "2", "1", "300000", "600000", "0", "1", "1", "1000", "-", "0"];
-    assert_eq!(on.event("lock", &["lock-x", "rate-9"], &rated).await, ["sold_out"]);
-    assert_eq!(on.event("lock", &["lock-x", "rate-9"], &rated).await, ["rate_limited", "1"]);
+    let capped = ["lock-x", "7", "2", "3", "-", "0"];
+    assert_eq!(on.lock_within(&["lock-x", "rate"], capped, within(4, 0, 0)).await, ["limit_exceeded", "2"]);
+    for (rate, interval) in [("rate-8", 1_000_000), ("rate-9", 1)] {
+        let rated = async |burst: u64| {
+            on.lock_within(&["lock-x", rate], ["lock-x", "8", "2", "1", "-", "0"], within(0, interval, burst)).await
+        };
+        assert_eq!(rated(interval).await, ["sold_out"]);
+        assert_eq!(rated(interval).await, ["rate_limited", &interval.to_string()]);
+        assert_eq!(rated(2 * interval).await, ["sold_out"], "two at once");
+        assert_eq!(rated(2 * interval).await, ["rate_limited", &interval.to_string()]);
+    }
 
     assert_eq!(on.event("locks", &[], &["7"]).await.len(), 2);
     assert_eq!(on.event("find", &[LOCK], &[LOCK]).await[..2], ["found", "active"]);
@@ -485,12 +501,15 @@ async fn endings_and_repeats_renew_lifetimes() {
     let on = Bench::new().await;
     on.stock(&["1", "9", "9", "1"]).await;
     let forget = async || assert!(on.client.persist::<bool, _>("book").await.expect("PERSIST answers"));
-    let args = ["lock-1", "7", "1", "1", "300000", "600000", "0", "100000", "2000000", "2000", "-", "0"];
-    assert_eq!(on.event("lock", &["lock-1", "rate", "request"], &args).await[0], "granted");
+    let try_again = async |lock: &str| {
+        let limits = within(0, 100_000, 2_000_000);
+        on.lock_within(&[lock, "rate", "request"], ["lock-1", "7", "1", "1", "-", "0"], limits).await
+    };
+    assert_eq!(try_again("lock-1").await[0], "granted");
     let rate = on.server.pttl("rate").await;
     assert!((1_800..=2_000).contains(&rate), "twenty tries at once, ten a second, count for {rate} ms");
     forget().await;
-    assert_eq!(on.event("lock", &["lock-2", "rate", "request"], &args).await[0], "granted_before");
+    assert_eq!(try_again("lock-2").await[0], "granted_before");
     on.every_key_ends().await;
     for key in ["deadlines", "book"] {
         assert!(on.client.persist::<bool, _>(key).await.expect("PERSIST answers"), "{key}");
@@ -536,8 +555,11 @@ async fn locks_renew_lifetimes_once_in_ten_minutes() {
             on.client.pexpire::<(), _>(key, SHORT_MS, None).await.expect("PEXPIRE answers");
         }
         let lock = format!("lock-{user}");
-        let args = [&lock, user, category, "2", "3600000", "86400000", "0", "0", "0", "0", "-", "0"];
-        assert_eq!(on.event("lock", &[&lock, "rate"], &args).await[0], "granted");
+        let limits = [3_600_000, 86_400_000, 0, 0, 0];
+        assert_eq!(
+            on.lock_within(&[&lock, "rate"], [&lock, user, category, "2", "-", "0"], limits).await[0],
+            "granted"
+        );
         on.every_key_ends().await;
         let mut renewed = [false; 2];
         for (key, renewed) in keys.iter().zip(&mut renewed) {
@@ -727,8 +749,8 @@ async fn forgotten_scripts_are_sent_again() {
 async fn presence_goes_by_generations() {
     let on = Bench::new().await;
     on.stock(&["1", "9", "9", "1"]).await;
-    let of_presence = ["lock-1", "7", "1", "1", "300000", "600000", "0", "0", "0", "0", "-", "2"];
-    assert_eq!(on.event("lock", &["lock-1", "rate"], &of_presence).await[0], "granted");
+    let of_presence = ["lock-1", "7", "1", "1", "-", "2"];
+    assert_eq!(on.lock_within(&["lock-1", "rate"], of_presence, UNLIMITED).await[0], "granted");
     let deadline = async || on.event("locks", &[], &["7"]).await.pop().expect("its lock");
     let full = deadline().await;
     let abandon = async |generation: &str| on.event("abandon", &[], &["7", generation, "15000"]).await[1].clone();
@@ -826,15 +848,14 @@ async fn a_wave_is_counted_before_it_is_written_down() {
     const LOCKS: usize = 2050;
     let on = Bench::new().await;
     on.stock(&["1", "2100", "2100", "1", "2", "9", "9", "1"]).await;
-    let grant = async |lock: &str, user: &str, category: &str, held_max: &str| {
-        let more = ["300000", "9000000", held_max, "0", "0", "0", "-", "0"];
-        let args: Vec<&str> = [lock, user, category, "1"].into_iter().chain(more).collect();
-        on.event("lock", &[lock, "rate"], &args).await
+    let grant = async |lock: &str, user: &str, category: &str, held_max: u64| {
+        let limits = [300_000, 9_000_000, held_max, 0, 0];
+        on.lock_within(&[lock, "rate"], [lock, user, category, "1", "-", "0"], limits).await
     };
     // All deadlines are the same, so that they are due in the order of their names.
     let names: Vec<(String, String)> = (1000..1000 + LOCKS).map(|n| (format!("lock-{n}"), n.to_string())).collect();
     for (lock, user) in &names {
-        assert_eq!(grant(lock, user, "1", "1").await[0], "granted");
+        assert_eq!(grant(lock, user, "1", 1).await[0], "granted");
     }
     let users = async || on.alone("tally", &["book", "deadlines"], &[]).await[5].clone();
     let sweep = async || on.event("sweep", &[], &["0"]).await[1..5].join(" ");
@@ -862,7 +883,7 @@ async fn a_wave_is_counted_before_it_is_written_down() {
     assert_eq!(found(2049).await.split(' ').next(), Some("expired"), "due, and not ended yet");
 
     // The last fifty are ended whole by the call that finds them.
-    assert_eq!(grant("lock-a", &names[2049].1, "1", "1").await[0], "granted");
+    assert_eq!(grant("lock-a", &names[2049].1, "1", 1).await[0], "granted");
     assert_eq!((free().await, users().await), (2099, "251".to_owned()));
     assert_eq!(sweep().await, "0 0 0 300000", "the 250 that are left");
     let holders = async || of_users(&on.client.hkeys::<Vec<String>, _>("book").await.expect("HKEYS answers"));
@@ -872,16 +893,16 @@ async fn a_wave_is_counted_before_it_is_written_down() {
     // The same again, for a user who may hold one: that nobody has let go yet is not held against her.
     on.pass(600_000).await;
     for (lock, user) in &names[..1000] {
-        assert_eq!(grant(lock, user, "1", "1").await[0], "granted");
+        assert_eq!(grant(lock, user, "1", 1).await[0], "granted");
     }
     on.pass(300_000).await;
     assert_eq!(sweep().await.split(' ').next(), Some("1000"));
     assert_eq!((free().await, users().await), (2100, "1000".to_owned()));
-    assert_eq!(grant("lock-b", &names[999].1, "2", "1").await[0], "granted");
+    assert_eq!(grant("lock-b", &names[999].1, "2", 1).await[0], "granted");
     assert_eq!(users().await, "1");
     // One more than a call ends, two of them of one user.
     for (lock, user) in &names[..1000] {
-        assert_eq!(grant(lock, user, "1", "9").await[0], "granted");
+        assert_eq!(grant(lock, user, "1", 9).await[0], "granted");
     }
     on.pass(300_000).await;
     for left_and_users in [("1", "1000"), ("1", "1000"), ("1", "750"), ("1", "500"), ("1", "250"), ("0", "0")] {
@@ -894,7 +915,7 @@ async fn a_wave_is_counted_before_it_is_written_down() {
     on.pass(600_000).await;
     for (ends, users_left) in [(250, "0"), (251, "251")] {
         for (lock, user) in &names[..ends] {
-            assert_eq!(grant(lock, user, "1", "1").await[0], "granted");
+            assert_eq!(grant(lock, user, "1", 1).await[0], "granted");
         }
         on.pass(300_000).await;
         assert_eq!(sweep().await.split(' ').next(), Some(ends.to_string().as_str()));
@@ -905,7 +926,7 @@ async fn a_wave_is_counted_before_it_is_written_down() {
     // Whoever finds a wave gives what it writes a lifetime.
     while sweep().await.split(' ').nth(1) == Some("1") {}
     for n in 100..351 {
-        assert_eq!(grant(&format!("late-{n}"), &n.to_string(), "1", "9").await[0], "granted");
+        assert_eq!(grant(&format!("late-{n}"), &n.to_string(), "1", 9).await[0], "granted");
     }
     on.pass(300_000).await;
     assert!(on.client.persist::<bool, _>("book").await.expect("PERSIST answers"));

@@ -185,7 +185,7 @@ async fn calls_and_subscriptions_follow_a_slot_that_moves() {
     let moved = events(0, 1)[0];
     ledger.subscribe(Topic::Event(moved)).await.expect("subscribed");
     stock(ledger.as_ref(), moved, &[(1, 99, 99)]).await;
-    let channel = format!("seatlock:2:{{e:{moved}}}:changes");
+    let channel = format!("seatlock:3:{{e:{moved}}}:book");
     let is_carried_by = async |node: usize| {
         cluster.nodes[node].ask(&["PUBSUB", "SHARDCHANNELS"]).await.lines().any(|line| line == channel)
     };
