@@ -571,7 +571,14 @@ async fn expiry_is_told() {
     let told = owner.expect("lock-expired").await;
     assert_eq!(told, json!({"lockId": id, "eventId": 1, "categoryId": 1, "quantity": 10}));
     while watcher.expect("availability-update").await["availableTickets"] != 0 {}
-    assert_eq!(watcher.expect("availability-update").await["availableTickets"], 10);
+    // Who came while the room was being told may be told the same counts once more.
+    let free = loop {
+        let free = watcher.expect("availability-update").await["availableTickets"].clone();
+        if free != 0 {
+            break free;
+        }
+    };
+    assert_eq!(free, 10);
     let back = watcher.expect("tickets-released-by-other-user").await;
     assert_eq!(back, json!({"eventId": 1, "categoryId": 1, "quantity": 10, "reason": "expired"}));
 }
