@@ -34,6 +34,7 @@ local ended_ms = '-1'
 if ARGV[3] ~= '' and ARGV[3] ~= user then return 'wrong_user' end
 
 if not status then
+  -- Not by `active_of`: to make the function and to copy the lock's id takes longer than to see whether it stands there.
   deadline = string.sub(held or '', 1, #now_text)
   if deadline <= now_text or string.find(held, ARGV[1], #now_text + 2, true) ~= #now_text + 2 then return 'expired' end
   ended_ms, order = now_text, ''
