@@ -63,6 +63,11 @@ impl Line {
         }
     }
 
+    /// Where everything is to be written from the beginning, if the connection will be taken over.
+    pub(super) fn own(&self) -> Option<Weak<Pipe>> {
+        self.pipe.clone().filter(|pipe| pipe.upgrade().is_some_and(|pipe| pipe.can_be_own()))
+    }
+
     /// Keeps it open while it goes from hand to hand; `None` when it is gone.
     pub(super) fn alive(&self) -> Option<Alive> {
         self.stream.upgrade()

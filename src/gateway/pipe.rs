@@ -5,6 +5,10 @@
 //! more, so its connection is taken over: socketioxide is told that the client leaves (the close packet of a client, put
 //! between two of its frames), writes what is in its queue, and lets go; from then on messages are written straight into
 //! the connection and read by [`super::attend`]. What is sent meanwhile waits, so nothing is lost and nothing overtakes.
+//!
+//! A session that began on a WebSocket puts nothing of its own into that queue: what comes into it in the instant in which
+//! the client leaves may be overlooked. engineioxide's writer looks into the queue first and then whether the session is
+//! over, and both may change between the two looks.
 
 use std::io;
 use std::pin::Pin;
@@ -28,6 +32,10 @@ const LEAVES: &[u8] = b"\x81\x81\x00\x00\x00\x001";
 /// What is offered first on a WebSocket is the greeting of the transport; the second offer is of the task that writes what
 /// is queued. Before that task has begun it would not write the queue when the client leaves.
 const OFFERS_MIN: u8 = 2;
+
+/// What is in the packet by which a client is in the namespace, the last that comes out of the queue of a session that began on
+/// a WebSocket, and in no ping.
+const ACCEPTED: &[u8] = b"40/";
 
 /// How the answer to the opening of a WebSocket begins, and a request that has no body ends.
 const SWITCHING: &[u8] = b"HTTP/1.1 101 ";
@@ -81,6 +89,8 @@ struct State {
     rest: BytesMut,
     /// A task is at it.
     flushing: bool,
+    /// Nobody knows where the client's frames begin: it stays lent.
+    is_unknown: bool,
 }
 
 /// Whose a connection is.
@@ -111,6 +121,12 @@ impl Pipe {
                 waker.wake();
             }
         }
+    }
+
+    /// Whether it can be taken over, now or later, as far as is known: what is sent here before waits for that.
+    pub fn can_be_own(&self) -> bool {
+        let state = lock(&self.state);
+        state.stage != Stage::Dead && !state.is_unknown
     }
 
     /// `waker` is woken when there may be something to be taken over.
@@ -214,6 +230,8 @@ pub struct Tap {
     unfinished: usize,
     /// How often something was offered since the WebSocket began, at most as often as it matters.
     offers: u8,
+    /// The client was offered the packet by which it is in the namespace.
+    accepted: bool,
     heir: Option<Box<dyn Heir>>,
 }
 
@@ -289,7 +307,7 @@ impl Tap {
         let pipe = Arc::new(Pipe { writer, state: Mutex::default() });
         let handle = Arc::downgrade(&pipe);
         let seen = Seen::Requests([0; 4]);
-        (Self { pipe, reader: Some(reader), seen, unfinished: 0, offers: 0, heir: None }, handle)
+        (Self { pipe, reader: Some(reader), seen, unfinished: 0, offers: 0, accepted: false, heir: None }, handle)
     }
 
     /// Takes the connection over, if there is an heir and this is the moment.
@@ -298,9 +316,9 @@ impl Tap {
         if !place.is_between_messages() || self.offers < OFFERS_MIN {
             return false;
         }
-        let upgraded = place.upgraded;
+        let (upgraded, accepted) = (place.upgraded, self.accepted);
         let mut state = lock(&self.pipe.state);
-        let Some(heir) = state.heir.take_if(|heir| upgraded || heir.began_here()) else { return false };
+        let Some(heir) = state.heir.take_if(|heir| upgraded || heir.began_here() && accepted) else { return false };
         state.stage = Stage::Leaving;
         drop(state);
         heir.take_over(&self.pipe);
@@ -319,11 +337,16 @@ impl Tap {
             }
             Seen::Frames(place) => {
                 if !place.follow(bytes) {
-                    self.seen = Seen::Unknown;
+                    self.lose_track();
                 }
             }
             Seen::Unknown => {}
         }
+    }
+
+    fn lose_track(&mut self) {
+        self.seen = Seen::Unknown;
+        lock(&self.pipe.state).is_unknown = true;
     }
 }
 
@@ -388,10 +411,15 @@ impl AsyncWrite for Tap {
         if this.unfinished == 0 {
             match &this.seen {
                 Seen::Requests(end) if offered.starts_with(SWITCHING) => {
-                    this.seen = if *end == HEADER_END { Seen::Frames(Place::default()) } else { Seen::Unknown };
+                    if *end == HEADER_END {
+                        this.seen = Seen::Frames(Place::default());
+                    } else {
+                        this.lose_track();
+                    }
                 }
-                Seen::Frames(_) if this.offers < OFFERS_MIN => {
-                    this.offers += 1;
+                Seen::Frames(_) if this.offers < OFFERS_MIN || !this.accepted => {
+                    this.offers = this.offers.saturating_add(1).min(OFFERS_MIN);
+                    this.accepted |= offered.windows(ACCEPTED.len()).any(|piece| piece == ACCEPTED);
                     if this.offers == OFFERS_MIN
                         && let Some(waker) = lock(&this.pipe.state).waker.take()
                     {
@@ -473,10 +501,10 @@ mod tests {
         let (mut tap, pipe) = Tap::new(listener.accept().await.expect("accepted").0);
         client.write_all(sent).await.expect("sent");
         assert_eq!(read(&mut tap, sent.len()).await, sent);
-        for written in [SWITCHED, b"0", b"2"] {
+        for written in [SWITCHED, b"0", ACCEPTED] {
             tap.write_all(written).await.expect("written");
         }
-        let mut seen = vec![0; SWITCHED.len() + 2];
+        let mut seen = vec![0; SWITCHED.len() + 1 + ACCEPTED.len()];
         client.read_exact(&mut seen).await.expect("read");
         (tap, pipe, client)
     }

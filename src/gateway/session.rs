@@ -261,10 +261,13 @@ pub struct Session {
     socket: Weak<Socket>,
     /// The line of its connection, where it was opened as a WebSocket.
     line: Option<Line>,
-    /// Set when its connection was taken over: where everything is written from then on. Before, it is put into
-    /// socketioxide's queue, which is `queueing`.
+    /// Where everything is written: set from the beginning for a session that began on a WebSocket, and when the
+    /// connection is taken over for one that comes from polling. Before, it is put into socketioxide's queue, which is
+    /// `queueing`.
     own: OnceLock<Weak<Pipe>>,
     queueing: Mutex<()>,
+    /// Its connection was taken over: socketioxide's part is over, and that is not the session's end.
+    is_own: AtomicBool,
     /// Its client has been told that it is connected to the namespace, or will be before anything else.
     begun: AtomicBool,
     inbox: queue::Sender<Incoming>,
@@ -309,11 +312,16 @@ impl Session {
         }
     }
 
-    /// Everything is written into the connection from now on.
+    /// Everything is written into the connection from now on, if it was not before.
     pub fn take_over(&self, pipe: &Arc<Pipe>) {
         let queueing = lock(&self.queueing);
         self.own.set(Arc::downgrade(pipe)).ok();
+        self.is_own.store(true, Ordering::Release);
         drop(queueing);
+    }
+
+    fn is_own(&self) -> bool {
+        self.is_own.load(Ordering::Acquire)
     }
 
     /// What its client talks over; `None` when that is gone.
@@ -462,7 +470,7 @@ pub struct Guard {
 impl Drop for Guard {
     fn drop(&mut self) {
         if let Some(shared) = self.shared.upgrade()
-            && self.session.own.get().is_none()
+            && !self.session.is_own()
         {
             shared.forget(&self.session);
         }
@@ -475,6 +483,8 @@ impl Shared {
     pub(super) fn admit(self: &Arc<Self>, socket: &Arc<Socket>, claims: Claims, seat: Seat, callers: Callers) {
         let (mail, post) = queue::bounded(MAIL_LEN_MAX);
         let (sender, inbox) = queue::bounded(INBOX_LEN_MAX);
+        let line = handshake::line(socket.req_parts());
+        let own = line.as_ref().and_then(Line::own).map(OnceLock::from).unwrap_or_default();
         let session = Arc::new(Session {
             id: SessionId::generate(),
             user: claims.user,
@@ -485,9 +495,10 @@ impl Shared {
             is_over: AtomicBool::new(false),
             stir: Notify::new(),
             socket: Arc::downgrade(socket),
-            line: handshake::line(socket.req_parts()),
-            own: OnceLock::new(),
+            line,
+            own,
             queueing: Mutex::default(),
+            is_own: AtomicBool::new(false),
             begun: AtomicBool::new(false),
             inbox: sender,
             seat: Mutex::new(Some(seat)),
@@ -515,9 +526,8 @@ impl Shared {
         socket.on_disconnect({
             let (session, shared) = (Arc::clone(&session), Arc::downgrade(self));
             move |reason: DisconnectReason| {
-                // socketioxide's part is over when a connection was taken over, the session is not.
                 if let Some(shared) = shared.upgrade()
-                    && session.own.get().is_none()
+                    && !session.is_own()
                 {
                     if reason == DisconnectReason::ClientNSDisconnect {
                         shared.has_left(&session);
