@@ -193,7 +193,7 @@ impl App {
         }
         let address = listener.local_addr().unwrap_or(config.listen);
         let routes = http::public(&sources, demo, config.admin_listen.is_none()).layer(cors).merge(gateway.routes());
-        serving.spawn(serve(listener, routes, Line::over, limits, addresses, stop.serving.clone()));
+        serving.spawn(serve(listener, routes, Line::wrap, limits, addresses, stop.serving.clone()));
         tracing::info!(listen = %address, %replica, version = env!("CARGO_PKG_VERSION"), "serving");
         if config.demo {
             invite(address);

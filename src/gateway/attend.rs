@@ -21,7 +21,7 @@ use super::handshake::Guest;
 use super::limits::{HANDSHAKE_TIMEOUT, PING_INTERVAL, PING_TIMEOUT};
 use super::line::{Alive, Line};
 use super::packet;
-use super::pipe::{Heir, Passed, Pipe, Urgency};
+use super::pipe::{Passed, Pipe, Urgency};
 use super::session::{Incoming, Session};
 use super::wire;
 use super::{NAMESPACE, Shared};
@@ -104,36 +104,23 @@ impl<'a> Packet<'a> {
     }
 }
 
-/// Who takes a session's connection over and reads it.
-pub(super) struct Attendant {
-    pub shared: Weak<Shared>,
-    pub session: Arc<Session>,
-    pub line: Line,
-    /// Counted for its address as long as the connection is there.
-    pub guest: Option<Guest>,
-    pub began_here: bool,
-}
+/// Held as long as the connection lasts: it keeps its line open, and it counts for its address.
+pub(super) type Held = (Alive, Option<Guest>);
 
-impl Heir for Attendant {
-    fn began_here(&self) -> bool {
-        self.began_here
-    }
-
-    fn take_over(&self, pipe: &Arc<Pipe>) {
-        self.session.take_over(pipe);
-        metrics::GATEWAY_TAKEN_OVER.count(&[]);
-    }
-
-    fn attend(self: Box<Self>, reader: OwnedReadHalf, pipe: Arc<Pipe>) {
-        let alive = self.line.alive();
-        let now = Instant::now();
-        let (shared, session, line, guest) = (self.shared, self.session, self.line, self.guest);
-        // Its client may have left while the connection went over.
-        let leaves_at = session.is_over.load(Ordering::Acquire).then(|| now + HANDSHAKE_TIMEOUT);
-        let pulse = Pulse { ping_at: now + PING_INTERVAL, pong_by: None, leaves_at };
-        let reading = Reading { shared, session, pipe, reader, frames: Frames::default(), pulse };
-        tokio::spawn(reading.live(line, (alive, guest)));
-    }
+/// Reads the connection of a session that was taken over, until one of both ends.
+pub(super) fn attend(
+    shared: Weak<Shared>,
+    session: Arc<Session>,
+    line: Line,
+    held: Held,
+    (reader, pipe, frames): (OwnedReadHalf, Arc<Pipe>, Frames),
+) {
+    let now = Instant::now();
+    // Its client may have left while the connection went over.
+    let leaves_at = session.is_over.load(Ordering::Acquire).then(|| now + HANDSHAKE_TIMEOUT);
+    let pulse = Pulse { ping_at: now + PING_INTERVAL, pong_by: None, leaves_at };
+    let reading = Reading { shared, session, pipe, reader, frames, pulse };
+    tokio::spawn(reading.live(line, held));
 }
 
 /// When the client is asked for a sign of life, and when it must have given one.
@@ -163,7 +150,7 @@ struct Reading {
 
 impl Reading {
     /// Reads until the connection ends; then the session does.
-    async fn live(mut self, line: Line, _held: (Option<Alive>, Option<Guest>)) {
+    async fn live(mut self, line: Line, _held: Held) {
         let end = self.read(&line).await;
         if self.pulse.leaves_at.is_none() {
             metrics::GATEWAY_DISCONNECTS.count(&[end.as_str()]);

@@ -5,15 +5,12 @@
 //! few headers that are still read, and nothing of what the router noted on the way.
 
 use axum::http::{Extensions, HeaderMap, HeaderName, HeaderValue, Method, Request, Uri, header};
-use hyper::upgrade::OnUpgrade;
 
 use super::handshake::Guest;
-use super::line::Line;
 use crate::telemetry;
 
 /// What the transport and the handshake of the namespace still read. The map has room for six in its least memory.
-const KEPT: [HeaderName; 3] =
-    [header::AUTHORIZATION, header::SEC_WEBSOCKET_KEY, HeaderName::from_static("traceparent")];
+const KEPT: [HeaderName; 2] = [header::AUTHORIZATION, HeaderName::from_static("traceparent")];
 
 /// What is kept where spans are exported.
 const STATE: HeaderName = HeaderName::from_static("tracestate");
@@ -48,14 +45,8 @@ pub fn compact<B>(request: Request<B>) -> Request<B> {
         parts.uri = uri;
     }
     let mut extensions = Extensions::new();
-    if let Some(line) = parts.extensions.remove::<Line>() {
-        extensions.insert(line);
-    }
     if let Some(guest) = parts.extensions.remove::<Guest>() {
         extensions.insert(guest);
-    }
-    if let Some(upgrade) = parts.extensions.remove::<OnUpgrade>() {
-        extensions.insert(upgrade);
     }
     (parts.headers, parts.extensions) = (headers, extensions);
     Request::from_parts(parts, body)

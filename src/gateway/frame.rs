@@ -89,21 +89,6 @@ impl Head {
         let Some((mask, after)) = rest.split_first_chunk::<4>() else { return Ok(None) };
         Ok(Some(Self { first, mask: *mask, len: bytes.len() - after.len(), payload_len }))
     }
-
-    /// Whether it is a part of a message, and whether the last one.
-    pub const fn ends_message(&self) -> Option<bool> {
-        if self.first & 0x08 == 0 { Some(self.first & LAST != 0) } else { None }
-    }
-
-    /// Whether all of a text is in it.
-    pub const fn is_whole_text(&self) -> bool {
-        self.first == LAST | TEXT
-    }
-
-    /// What its payload begins with, in clear.
-    pub const fn clear(&self, first: u8) -> u8 {
-        first ^ self.mask[0]
-    }
 }
 
 /// The frames of one client.

@@ -8,7 +8,6 @@ use super::attend::Packet;
 use super::auth::fuzzing as tokens;
 use super::frame::{Breach, Frames, Received};
 use super::handshake;
-use super::pipe::Place;
 use super::wire::{self, Auth, Name, Request};
 use crate::domain::UserId;
 
@@ -44,14 +43,11 @@ pub fn messages(data: &[u8]) {
 }
 
 /// The frames of a WebSocket, of which the first byte says how many bytes come at once: what is read does not depend on
-/// it, and the place in them is followed as they are read.
+/// it.
 pub fn frames(data: &[u8]) {
     let Some((&first, data)) = data.split_first() else { return };
     let (whole, pieces) = (read_frames(data, data.len()), read_frames(data, usize::from(first)));
     assert_eq!(whole, pieces);
-    let mut place = Place::default();
-    let followed = data.chunks(usize::from(first).max(1)).all(|piece| place.follow(piece));
-    assert!(followed || whole.1.is_some(), "a place is lost only in what cannot be read");
 }
 
 fn read_frames(data: &[u8], portion: usize) -> (Vec<String>, Option<Breach>) {

@@ -17,12 +17,17 @@ use url::form_urlencoded;
 
 use super::Shared;
 use super::auth::{Claims, TokenError};
+use super::carrier;
 use super::limits::{BODY_TIMEOUT, SID_BYTES_MAX};
-use super::line::Line;
+use super::polls::Poll;
 use super::wire::Auth;
 use crate::callers::{Address, Caller, Connection};
 use crate::domain::UserId;
 use crate::{metrics, telemetry};
+
+/// Engine.IO packets: the transport is closed; nothing, so that a poll ends.
+const CLOSE: &str = "1";
+const NOOP: &str = "6";
 
 /// Which pages may use the service from a browser.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -139,12 +144,6 @@ fn is_websocket(query: &str) -> bool {
     parameter(query, "transport").and_then(|value| value.split('=').next()) == Some("websocket")
 }
 
-/// The line of a session's connection, where it was opened as a WebSocket.
-pub(super) fn line(opened: &Parts) -> Option<Line> {
-    let line = opened.extensions.get::<Line>()?;
-    is_websocket(opened.uri.query().unwrap_or_default()).then(|| line.clone())
-}
-
 /// Every `userId` of the query must be the token's.
 fn same_user(query: &str, user: UserId) -> bool {
     form_urlencoded::parse(query.as_bytes())
@@ -236,7 +235,7 @@ pub(super) async fn gate(State(shared): State<Arc<Shared>>, mut request: Request
     if shared.draining.is_cancelled() && session.is_none() {
         metrics::GATEWAY_REFUSED.count(&[Refused::Unavailable.as_str()]);
         return match (&sid, request.method()) {
-            (Some(_), &Method::GET) if !websocket => closed(),
+            (Some(_), &Method::GET) if !websocket => polled(CLOSE),
             _ => json(StatusCode::SERVICE_UNAVAILABLE, r#"{"code":3,"message":"Service unavailable"}"#),
         };
     }
@@ -249,46 +248,80 @@ pub(super) async fn gate(State(shared): State<Arc<Shared>>, mut request: Request
             Err(wait) => return busy(wait),
         }
     }
-    if websocket
-        && request.method() == Method::GET
-        && let Some(line) = request.extensions().get::<Line>().cloned()
-    {
-        let Some(noted) = shared.lines.add(sid.as_deref(), line.clone()) else {
-            return json(StatusCode::BAD_REQUEST, r#"{"code":3,"message":"Bad request"}"#);
+    if websocket {
+        return match *request.method() {
+            Method::GET => carrier::open(&shared, sid.as_deref(), request).await,
+            _ => bad_request(),
         };
-        if let Some(session) = sid.as_deref().and_then(|sid| shared.rooms.by_sid(sid)) {
-            shared.offer(&session, &line);
-        }
-        let response = next.run(request).await;
-        if response.status() != StatusCode::SWITCHING_PROTOCOLS {
-            shared.lines.remove(&noted);
-        }
-        return response;
     }
-    match session {
-        Some(session) if !websocket && request.method() == Method::GET => {
+    // Before it is looked whether the session crosses: who does so waits for those that are counted.
+    let poll = sid.as_deref().filter(|_| request.method() == Method::GET).map(|sid| shared.polls.begin(sid));
+    let nudged = poll.as_ref().map(Poll::nudged);
+    if sid.as_deref().is_some_and(|sid| shared.lines.find(sid).is_some()) {
+        return bad_request();
+    }
+    let mut unanswered = Unanswered { shared: &shared, sid: sid.as_deref().filter(|_| poll.is_some()) };
+    let response = match nudged {
+        Some(nudged) => {
+            let closing = async {
+                match &session {
+                    Some(session) => session.closing.cancelled().await,
+                    None => std::future::pending().await,
+                }
+            };
             tokio::select! {
                 biased;
                 response = next.run(request) => response,
-                () = session.closing.cancelled() => {
-                    session.told.store(true, Ordering::Release);
-                    closed()
+                () = nudged => polled(NOOP),
+                () = closing => {
+                    if let Some(session) = &session {
+                        session.told.store(true, Ordering::Release);
+                    }
+                    polled(CLOSE)
                 }
             }
         }
-        _ if request.method() == Method::POST => {
+        None if request.method() == Method::POST => {
             tokio::time::timeout(BODY_TIMEOUT, next.run(request)).await.unwrap_or_else(|_| {
                 metrics::GATEWAY_LIMITED.count(&["slow_body"]);
                 json(StatusCode::REQUEST_TIMEOUT, r#"{"code":3,"message":"Request timeout"}"#)
             })
         }
-        _ => next.run(request).await,
+        None => next.run(request).await,
+    };
+    unanswered.sid = None;
+    response
+}
+
+/// A poll whose client goes away before it is answered: whatever it was to carry is lost, and its client takes that for the
+/// end of the session, as it does with the server in Node.
+struct Unanswered<'a> {
+    shared: &'a Arc<Shared>,
+    sid: Option<&'a str>,
+}
+
+impl Drop for Unanswered<'_> {
+    fn drop(&mut self) {
+        let Some(sid) = self.sid.map(str::to_owned) else { return };
+        let shared = Arc::clone(self.shared);
+        tokio::spawn(async move {
+            // It may be on a WebSocket by now, and what it was to be told with it.
+            if shared.lines.find(&sid).is_none() {
+                shared.close_polling(&sid).await;
+            }
+        });
     }
 }
 
-/// An Engine.IO close packet: the client sees `transport close` and connects again by itself.
-fn closed() -> Response {
-    ([(header::CONTENT_TYPE, "text/plain; charset=UTF-8")], Body::from("1")).into_response()
+/// The answer to a poll that ends with an Engine.IO packet of ours: at a close packet the client sees `transport close` and
+/// connects again by itself.
+fn polled(packet: &'static str) -> Response {
+    ([(header::CONTENT_TYPE, "text/plain; charset=UTF-8")], Body::from(packet)).into_response()
+}
+
+/// Something that the transport does not do: as socketioxide answers it.
+pub(super) fn bad_request() -> Response {
+    json(StatusCode::BAD_REQUEST, r#"{"code":3,"message":"Bad request"}"#)
 }
 
 fn json(status: StatusCode, body: &'static str) -> Response {

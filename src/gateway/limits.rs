@@ -13,10 +13,6 @@ use crate::metrics;
 /// and its JSON around it.
 pub const MESSAGE_BYTES_MAX: usize = 32 * 1024;
 
-/// What is read of a WebSocket at once before it is taken over. Requests are a hundred bytes; every socket has a buffer of
-/// this size until then.
-pub const READ_BUFFER_BYTES: usize = 512;
-
 /// Messages of one socket that may wait for their turn. Beyond it they are answered `rate_limited` at once. More than
 /// a page asks in one go after it was offline, and little enough to be worked off within a few request timeouts.
 pub const INBOX_LEN_MAX: usize = 128;

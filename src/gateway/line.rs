@@ -8,16 +8,14 @@ use std::collections::HashMap;
 use std::future::Future;
 use std::io;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::task::{Context, Poll};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::TcpStream;
+use tokio::sync::Notify;
 use tokio_util::sync::{CancellationToken, WaitForCancellationFuture, WaitForCancellationFutureOwned};
 
 use super::lock;
-use super::pipe::{Heir, Pipe, Tap};
 
 /// The handle of one accepted connection.
 #[derive(Debug, Clone)]
@@ -26,8 +24,6 @@ pub struct Line {
     cut: CancellationToken,
     /// Alive as long as the stream is, or whoever took it over.
     stream: Weak<()>,
-    /// Over TCP.
-    pipe: Option<Weak<Pipe>>,
 }
 
 /// Keeps a line open.
@@ -39,38 +35,14 @@ impl Line {
         let (closing, cut) = (CancellationToken::new(), CancellationToken::new());
         let alive = Arc::new(());
         let stream_lives = Arc::downgrade(&alive);
-        let line = Self { closing: closing.clone(), cut: cut.clone(), stream: stream_lives, pipe: None };
+        let line = Self { closing: closing.clone(), cut: cut.clone(), stream: stream_lives };
         let stream = LineStream {
             inner: stream,
             read_ends: Box::pin(closing.cancelled_owned()),
             write_ends: Box::pin(cut.cancelled_owned()),
-            _alive: alive,
+            alive,
         };
         (stream, line)
-    }
-
-    /// The same over TCP, where the connection of a WebSocket can be [taken over](super::pipe).
-    pub fn over(stream: TcpStream) -> (LineStream<Tap>, Self) {
-        let (tap, pipe) = Tap::new(stream);
-        let (stream, line) = Self::wrap(tap);
-        (stream, Self { pipe: Some(pipe), ..line })
-    }
-
-    /// Names who takes the connection over as soon as that can be; the last one counts.
-    pub(super) fn offer(&self, heir: Box<dyn Heir>) {
-        if let Some(pipe) = self.pipe.as_ref().and_then(Weak::upgrade) {
-            pipe.offer(heir);
-        }
-    }
-
-    /// Where everything is to be written from the beginning, if the connection will be taken over.
-    pub(super) fn own(&self) -> Option<Weak<Pipe>> {
-        self.pipe.clone().filter(|pipe| pipe.upgrade().is_some_and(|pipe| pipe.can_be_own()))
-    }
-
-    /// Keeps it open while it goes from hand to hand; `None` when it is gone.
-    pub(super) fn alive(&self) -> Option<Alive> {
-        self.stream.upgrade()
     }
 
     /// Returns when reading ends.
@@ -108,10 +80,15 @@ pub struct LineStream<S> {
     inner: S,
     read_ends: Pin<Box<WaitForCancellationFutureOwned>>,
     write_ends: Pin<Box<WaitForCancellationFutureOwned>>,
-    _alive: Arc<()>,
+    alive: Alive,
 }
 
 impl<S> LineStream<S> {
+    /// What was accepted, and what keeps its line open.
+    pub(super) fn into_inner(self) -> (S, Alive) {
+        (self.inner, self.alive)
+    }
+
     fn check_write(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
         match self.write_ends.as_mut().poll(cx) {
             Poll::Ready(()) => Err(io::ErrorKind::ConnectionAborted.into()),
@@ -159,58 +136,77 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for LineStream<S> {
     }
 }
 
-/// The lines of WebSocket connections, by the transport's session id where the request named one (an upgrade from
-/// polling). One entry per open connection: dead ones leave when the map has doubled.
+/// The lines of WebSocket connections, by the transport's session id. One entry per open connection: dead ones leave when
+/// the map has doubled.
 #[derive(Debug, Default)]
-pub struct Lines {
-    state: Mutex<Known>,
-    unnamed: AtomicU64,
-}
+pub struct Lines(Mutex<Known>);
 
 #[derive(Debug, Default)]
 struct Known {
-    lines: HashMap<Box<str>, Line>,
+    lines: HashMap<Box<str>, Entry>,
     sweep_at: usize,
+}
+
+#[derive(Debug)]
+struct Entry {
+    line: Line,
+    /// The session is on it, and does not poll any more.
+    crossed: bool,
+    stir: Arc<Notify>,
 }
 
 /// Below this many lines none are looked for that are dead.
 const SWEEP_MIN: usize = 64;
 
 impl Lines {
-    /// Notes the line that is to become a WebSocket, and answers under which name. `None` when the session has one
-    /// already: no second one is to be taken for it.
-    pub fn add(&self, sid: Option<&str>, line: Line) -> Option<Box<str>> {
-        let name: Box<str> = match sid {
-            Some(sid) => sid.into(),
-            // No session id has a space in it.
-            None => format!("- {}", self.unnamed.fetch_add(1, Ordering::Relaxed)).into_boxed_str(),
-        };
-        let mut known = lock(&self.state);
-        if known.lines.get(&name).is_some_and(Line::is_open) {
+    /// Notes the line of a WebSocket, on which the session is when it has [crossed](Lines::cross), and answers how its
+    /// [carrier](super::carrier) is stirred. `None` when the session has one already: no second one is to be taken for it.
+    pub fn add(&self, sid: &str, line: Line) -> Option<Arc<Notify>> {
+        let mut known = lock(&self.0);
+        if known.lines.get(sid).is_some_and(|entry| entry.line.is_open()) {
             return None;
         }
         if known.lines.len() >= known.sweep_at.max(SWEEP_MIN) {
-            known.lines.retain(|_, line| line.is_open());
+            known.lines.retain(|_, entry| entry.line.is_open());
             known.sweep_at = known.lines.len() * 2;
         }
-        known.lines.insert(name.clone(), line);
-        Some(name)
+        let stir = Arc::new(Notify::new());
+        known.lines.insert(sid.into(), Entry { line, crossed: false, stir: Arc::clone(&stir) });
+        Some(stir)
     }
 
-    /// Forgets a line that became no WebSocket.
-    pub fn remove(&self, name: &str) {
-        lock(&self.state).lines.remove(name);
+    /// The session is on its WebSocket now.
+    pub fn cross(&self, sid: &str) {
+        if let Some(entry) = lock(&self.0).lines.get_mut(sid) {
+            entry.crossed = true;
+        }
     }
 
-    /// The line of an upgraded session.
+    /// Forgets the line whose carrier is stirred so.
+    pub fn remove(&self, sid: &str, stir: &Arc<Notify>) {
+        let mut known = lock(&self.0);
+        if known.lines.get(sid).is_some_and(|entry| Arc::ptr_eq(&entry.stir, stir)) {
+            known.lines.remove(sid);
+        }
+    }
+
+    /// The line of a session that is on a WebSocket.
     pub fn find(&self, sid: &str) -> Option<Line> {
-        lock(&self.state).lines.get(sid).filter(|line| line.is_open()).cloned()
+        let known = lock(&self.0);
+        known.lines.get(sid).filter(|entry| entry.crossed && entry.line.is_open()).map(|entry| entry.line.clone())
+    }
+
+    /// There may be a session to be taken over.
+    pub fn stir(&self, sid: &str) {
+        if let Some(entry) = lock(&self.0).lines.get(sid) {
+            entry.stir.notify_one();
+        }
     }
 
     /// Ends every line at once and says how many there were.
     pub fn cut_all(&self) -> usize {
-        let lines = std::mem::take(&mut lock(&self.state).lines);
-        lines.into_values().filter(Line::is_open).map(|line| line.cut()).count()
+        let lines = std::mem::take(&mut lock(&self.0).lines);
+        lines.into_values().filter(|entry| entry.line.is_open()).map(|entry| entry.line.cut()).count()
     }
 }
 
@@ -253,17 +249,24 @@ mod tests {
         let lines = Lines::default();
         let (stream, first) = Line::wrap(tokio::io::empty());
         let (_second_stream, second) = Line::wrap(tokio::io::empty());
-        assert_eq!(lines.add(Some("s"), first).as_deref(), Some("s"));
-        assert_eq!(lines.add(Some("s"), second.clone()), None, "the first is open");
-        assert!(lines.add(None, second.clone()).is_some(), "of another session");
+        assert!(lines.add("s", first).is_some());
+        assert!(lines.add("s", second.clone()).is_none(), "the first is open");
+        assert!(lines.add("other", second.clone()).is_some(), "of another session");
+        assert!(lines.find("s").is_none(), "the session is not on it yet");
+        lines.cross("s");
         lines.find("s").unwrap().close();
         assert!(!second.closing.is_cancelled());
         drop(stream);
         assert!(lines.find("s").is_none());
-        assert!(lines.add(Some("s"), second).is_some(), "the first is gone");
+        let stir = lines.add("s", second).expect("the first is gone");
+        lines.stir("s");
+        stir.notified().await;
+        lines.cross("s");
+        lines.remove("s", &Arc::new(Notify::new()));
         assert!(lines.find("s").is_some());
-        lines.remove("s");
+        lines.remove("s", &stir);
         assert!(lines.find("s").is_none());
+        assert_eq!(lines.cut_all(), 1, "the other");
     }
 
     #[tokio::test]
@@ -271,8 +274,8 @@ mod tests {
         let lines = Lines::default();
         for sid in 0..10_000 {
             let (_stream, line) = Line::wrap(tokio::io::empty());
-            lines.add(Some(&sid.to_string()), line);
+            lines.add(&sid.to_string(), line);
         }
-        assert!(lock(&lines.state).lines.len() <= SWEEP_MIN + 1);
+        assert!(lock(&lines.0).lines.len() <= SWEEP_MIN + 1);
     }
 }

@@ -5,14 +5,16 @@
 //!
 //! A socket is a [`session`]: its handshake is checked in [`handshake`], its messages are read and answered in
 //! [`wire`] and [`handlers`] by one task ([`actor`]) in the order in which they came, its connection can be closed through its
-//! [`mod@line`]. socketioxide opens every session and carries those that poll; the connection of one that is on a
-//! WebSocket is taken over ([`pipe`]), read here ([`attend`], [`frame`]) and written to without a detour ([`packet`]).
+//! [`mod@line`]. socketioxide opens every session and knows of none but such that poll; the connection of one that is on a
+//! WebSocket is [carried](carrier) until it is taken over, read here ([`attend`], [`frame`]) and written to without a
+//! detour ([`pipe`], [`packet`]).
 //! Nothing here tells a client to stay away (`io server disconnect`): every connection that this service ends is one that
 //! the client opens again by itself.
 
 mod actor;
 mod attend;
 pub mod auth;
+mod carrier;
 mod compact;
 mod frame;
 #[cfg(any(test, feature = "fuzzing"))]
@@ -26,6 +28,7 @@ mod limits;
 mod line;
 mod packet;
 mod pipe;
+mod polls;
 mod queue;
 mod rooms;
 mod session;
@@ -60,7 +63,7 @@ use self::keep::Keep;
 use self::limits::Seats;
 use self::line::Lines;
 pub use self::line::{Line, LineStream};
-pub use self::pipe::Tap;
+use self::polls::Polls;
 use self::rooms::{Here, Rooms};
 use self::session::{Callers, WeakSocket};
 use self::wire::Auth;
@@ -190,6 +193,7 @@ struct Shared {
     keep: Keep,
     hoard: Hoard,
     lines: Lines,
+    polls: Polls,
     /// The actors and what they leave to be done.
     tasks: TaskTracker,
     leaving: Semaphore,
@@ -280,23 +284,12 @@ impl Shared {
         self.tell_all(|word| word.doubts += 1);
     }
 
-    /// Ends a polling session as its client would: a close packet in a request of its own.
-    async fn close_polling(&self, sid: &str) {
-        let request = Request::post(format!("/socket.io/?EIO=4&transport=polling&sid={sid}"))
-            .header("content-type", "text/plain;charset=UTF-8")
-            .body(Body::from("1"));
-        if let Ok(request) = request {
-            (self.transport)(request).await;
-        }
-    }
-
     /// The handshake of one socket, before it is connected.
     async fn greet(self: &Arc<Self>, socket: SocketRef, weak: WeakSocket, auth: Auth) -> Result<(), Refused> {
         let parts = socket.req_parts();
         if self.draining.is_cancelled() {
             // The client would not come back after a refusal; after a lost connection it does.
-            let line = handshake::line(parts).or_else(|| self.lines.find(&socket.id.to_string()));
-            if let Some(line) = line {
+            if let Some(line) = self.lines.find(&socket.id.to_string()) {
                 line.close();
                 tokio::time::sleep(Duration::from_secs(1)).await;
             }
@@ -349,9 +342,6 @@ impl Gateway {
             .ping_timeout(limits::PING_TIMEOUT)
             .connect_timeout(limits::HANDSHAKE_TIMEOUT)
             .max_buffer_size(limits::OUTBOX_LEN_MAX)
-            .ws_read_buffer_size(limits::READ_BUFFER_BYTES)
-            .ws_max_message_size(limits::MESSAGE_BYTES_MAX)
-            .ws_max_frame_size(limits::MESSAGE_BYTES_MAX)
             .max_payload(limits::MESSAGE_BYTES_MAX as u64)
             // No message of the contract carries binary data.
             .with_parser(ParserConfig::common().max_incoming_binaries(0))
@@ -380,6 +370,7 @@ impl Gateway {
                 keep: Keep::default(),
                 hoard: Hoard::default(),
                 lines: Lines::default(),
+                polls: Polls::default(),
                 tasks: TaskTracker::new(),
                 leaving: Semaphore::new(LEAVING_MAX),
                 owed: Arc::new(Semaphore::new(OWED_MAX)),

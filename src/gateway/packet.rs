@@ -37,6 +37,11 @@ pub fn event(name: &str, data: &Json) -> Vec<u8> {
     text(&["42", NAMESPACE, ",[\"", name, "\",", data.get(), "]"])
 }
 
+/// A packet of the transport, as it is.
+pub fn message(packet: &str) -> Vec<u8> {
+    text(&[packet])
+}
+
 /// The acknowledgement of a message.
 pub fn acknowledgement(id: i64, data: &Json) -> Vec<u8> {
     text(&["43", NAMESPACE, ",", &id.to_string(), "[", data.get(), "]"])
@@ -50,6 +55,12 @@ pub fn no_namespace(name: &str) -> Vec<u8> {
 
 /// Are you there?
 pub const PING: &[u8] = b"\x81\x012";
+
+/// The name and the data of a message that nobody is sent: it ends a session's part of socketioxide's queue.
+pub const MARK: (&str, u8) = ("mark", 0);
+
+/// How it comes out.
+pub const MARKED: &str = "42/realtime,[\"mark\",0]";
 
 /// The WebSocket is over.
 pub const CLOSE: &[u8] = b"\x88\x00";
@@ -116,5 +127,7 @@ mod tests {
         assert_eq!(shown(no_namespace("/")), "44{\"message\":\"Invalid namespace\"}");
         assert_eq!(shown(no_namespace("/x")), "44/x,{\"message\":\"Invalid namespace\"}");
         assert_eq!(pong(b"ab"), b"\x8a\x02ab");
+        assert_eq!(shown(event(MARK.0, &json(&MARK.1.to_string()))), MARKED);
+        assert_eq!(message(MARKED)[..2], [0x81, 22]);
     }
 }

@@ -15,21 +15,19 @@ use socketioxide::adapter::{Adapter, LocalAdapter};
 use socketioxide::extract::AckSender;
 use socketioxide::handler::{FromConnectParts, FromMessageParts, Value};
 use socketioxide::socket::{DisconnectReason, Socket};
-use socketioxide::{SendError, SocketError, TransportType};
+use socketioxide::{SendError, SocketError};
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
 use super::actor::Actor;
-use super::attend::Attendant;
 use super::auth::Claims;
 use super::handshake::{self, Guest};
 use super::heard::Heard;
 use super::limits::{HANDSHAKE_TIMEOUT, INBOX_LEN_MAX, INBOX_RETRY_AFTER, REFUSALS_MAX, Seat, TOO_FAST};
-use super::line::{Line, Lines};
 use super::packet::{self, Packet};
-use super::pipe::{Passed, Pipe, Urgency};
+use super::pipe::{Marked, Passed, Pipe, Urgency};
 use super::queue::{self, Rejected};
 use super::wire::{self, About, Code, Json, Name, Refusal};
 use super::{Shared, lock};
@@ -259,11 +257,8 @@ pub struct Session {
     /// Something is there for the actor.
     pub stir: Notify,
     socket: Weak<Socket>,
-    /// The line of its connection, where it was opened as a WebSocket.
-    line: Option<Line>,
-    /// Where everything is written: set from the beginning for a session that began on a WebSocket, and when the
-    /// connection is taken over for one that comes from polling. Before, it is put into socketioxide's queue, which is
-    /// `queueing`.
+    /// Set when its connection begins to be taken over: where everything is written from then on. Before, it is put into
+    /// socketioxide's queue, which is `queueing`.
     own: OnceLock<Weak<Pipe>>,
     queueing: Mutex<()>,
     /// Its connection was taken over: socketioxide's part is over, and that is not the session's end.
@@ -312,24 +307,30 @@ impl Session {
         }
     }
 
-    /// Everything is written into the connection from now on, if it was not before.
-    pub fn take_over(&self, pipe: &Arc<Pipe>) {
-        let queueing = lock(&self.queueing);
-        self.own.set(Arc::downgrade(pipe)).ok();
+    /// Everything is written into the connection from now on; what is in socketioxide's queue ends with a mark.
+    pub fn mark(&self, pipe: &Arc<Pipe>) -> Marked {
+        let _queueing = lock(&self.queueing);
+        let (name, data) = packet::MARK;
+        let socket = self.socket.upgrade().filter(|_| !self.is_over.load(Ordering::Acquire));
+        match socket.map_or(Sent::Gone, |socket| socket.emit(name, &data).into()) {
+            Sent::Yes => {
+                self.own.set(Arc::downgrade(pipe)).ok();
+                Marked::Yes
+            }
+            Sent::Full => Marked::Later,
+            Sent::Gone => Marked::Never,
+        }
+    }
+
+    /// The connection is taken over now: what it counts for.
+    pub fn goes_over(&self) -> Option<Guest> {
         self.is_own.store(true, Ordering::Release);
-        drop(queueing);
+        metrics::GATEWAY_TAKEN_OVER.count(&[]);
+        self.socket.upgrade()?.req_parts().extensions.get::<Guest>().cloned()
     }
 
     fn is_own(&self) -> bool {
         self.is_own.load(Ordering::Acquire)
-    }
-
-    /// What its client talks over; `None` when that is gone.
-    fn transport(&self) -> Option<TransportType> {
-        if self.own.get().is_some() {
-            return Some(TransportType::Websocket);
-        }
-        self.socket.upgrade().map(|socket| socket.transport_type())
     }
 
     /// Sends unless the send buffer is full.
@@ -428,11 +429,6 @@ impl Session {
         lock(&self.rooms).take().into_iter().flatten().map(|(event, _)| event).collect()
     }
 
-    /// The line of its WebSocket.
-    fn line(&self, lines: &Lines) -> Option<Line> {
-        self.line.clone().or_else(|| lines.find(&self.sid))
-    }
-
     /// Tells packets of a room, of which `frames` are all. When the answer is `Full` some were not sent, and all
     /// `updates` are to be told again.
     pub fn tell(&self, frames: &Bytes, updates: &[Packet], others: &[Packet], urgency: Urgency) -> Told {
@@ -483,8 +479,6 @@ impl Shared {
     pub(super) fn admit(self: &Arc<Self>, socket: &Arc<Socket>, claims: Claims, seat: Seat, callers: Callers) {
         let (mail, post) = queue::bounded(MAIL_LEN_MAX);
         let (sender, inbox) = queue::bounded(INBOX_LEN_MAX);
-        let line = handshake::line(socket.req_parts());
-        let own = line.as_ref().and_then(Line::own).map(OnceLock::from).unwrap_or_default();
         let session = Arc::new(Session {
             id: SessionId::generate(),
             user: claims.user,
@@ -495,8 +489,7 @@ impl Shared {
             is_over: AtomicBool::new(false),
             stir: Notify::new(),
             socket: Arc::downgrade(socket),
-            line,
-            own,
+            own: OnceLock::new(),
             queueing: Mutex::default(),
             is_own: AtomicBool::new(false),
             begun: AtomicBool::new(false),
@@ -570,21 +563,9 @@ impl Shared {
         self.forget(session);
     }
 
-    /// The line of a session's WebSocket is known: its connection is taken over when the session has begun.
-    pub(super) fn offer(self: &Arc<Self>, session: &Arc<Session>, line: &Line) {
-        if !session.begun.load(Ordering::Acquire) {
-            return;
-        }
-        let Some(socket) = session.socket.upgrade() else { return };
-        let guest = socket.req_parts().extensions.get::<Guest>().cloned();
-        let (session, began_here) = (Arc::clone(session), session.line.is_some());
-        line.offer(Box::new(Attendant {
-            shared: Arc::downgrade(self),
-            session,
-            line: line.clone(),
-            guest,
-            began_here,
-        }));
+    /// The session of a transport, if its client is in the namespace.
+    pub(super) fn begun(&self, sid: &str) -> Option<Arc<Session>> {
+        self.rooms.by_sid(sid).filter(|session| session.begun.load(Ordering::Acquire))
     }
 
     /// Starts the actor of a socket that is connected now.
@@ -602,10 +583,8 @@ impl Shared {
             None => self.tasks.spawn(actor.live()),
         };
         session.begun.store(true, Ordering::Release);
-        // Whoever notes the line of an upgrade looks for the session afterwards, and this for the line.
-        if let Some(line) = session.line(&self.lines) {
-            self.offer(&session, &line);
-        }
+        // Whoever notes the line of a WebSocket looks for the session afterwards.
+        self.lines.stir(&session.sid);
     }
 
     /// The session is over: its place is free, nothing more is sent to it, its actor ends. A repeat changes nothing.
@@ -622,9 +601,7 @@ impl Shared {
     /// The client has left the namespace: a transport that nobody comes back on within the time of a handshake is
     /// closed, as one that nobody ever came on is. It would hold memory and count for nobody.
     fn vacate(self: &Arc<Self>, session: &Session) {
-        let is_websocket = session.transport() == Some(TransportType::Websocket);
         let (shared, sid) = (Arc::clone(self), session.sid.clone());
-        let line = session.line(&self.lines).filter(|_| is_websocket);
         self.tasks.spawn(async move {
             tokio::select! {
                 () = sleep(HANDSHAKE_TIMEOUT) => {}
@@ -634,7 +611,7 @@ impl Shared {
             if shared.rooms.by_sid(&sid).is_some() {
                 return;
             }
-            match line.or_else(|| shared.lines.find(&sid)) {
+            match shared.lines.find(&sid) {
                 Some(line) => line.close(),
                 None => shared.close_polling(&sid).await,
             }
@@ -649,31 +626,23 @@ impl Shared {
         }
         session.closing.cancel();
         metrics::GATEWAY_ENDED.count(&[why.as_str()]);
-        match session.transport() {
-            Some(TransportType::Websocket) => {
-                let Some(line) = session.line(&self.lines) else {
-                    tracing::error!("a connection that is not wrapped in a line cannot be closed");
-                    return;
-                };
-                if why == Ending::Slow {
-                    line.cut();
-                    return;
-                }
+        if let Some(line) = self.lines.find(&session.sid) {
+            if why == Ending::Slow {
+                line.cut();
+            } else {
                 line.close();
                 self.tasks.spawn(async move {
                     until(CLOSING, || !line.is_open()).await;
                     line.cut();
                 });
             }
-            Some(TransportType::Polling) => {
-                let (shared, session) = (Arc::clone(self), Arc::clone(session));
-                self.tasks.spawn(async move {
-                    // A poll that waits is told by the gate, and so is the next one: it comes within this time.
-                    until(CLOSING, || session.told.load(Ordering::Acquire)).await;
-                    shared.close_polling(&session.sid).await;
-                });
-            }
-            None => {}
+        } else if session.own.get().is_none() {
+            let (shared, session) = (Arc::clone(self), Arc::clone(session));
+            self.tasks.spawn(async move {
+                // A poll that waits is told by the gate, and so is the next one: it comes within this time.
+                until(CLOSING, || session.told.load(Ordering::Acquire)).await;
+                shared.close_polling(&session.sid).await;
+            });
         }
         self.forget(session);
     }

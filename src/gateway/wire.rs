@@ -199,6 +199,18 @@ impl Refusal {
     }
 }
 
+/// What the transport says of a session when it opens it, as far as it matters.
+#[derive(Deserialize)]
+struct Open {
+    sid: Box<str>,
+}
+
+/// The session's id in the Engine.IO packet that says that it is open.
+pub fn opened(packet: &str) -> Option<Box<str>> {
+    let open: Open = serde_json::from_str(packet.strip_prefix('0')?).ok()?;
+    Some(open.sid)
+}
+
 /// An instant of the ledger's clock as the contract writes it.
 pub fn iso(at: Instant) -> String {
     i64::try_from(at.as_ms())

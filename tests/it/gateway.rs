@@ -3,17 +3,17 @@
 #![expect(clippy::wildcard_enum_match_arm, reason = "everything but what is expected fails the test")]
 
 mod again;
+mod upgrade;
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures_util::{SinkExt as _, StreamExt as _};
+use futures_util::SinkExt as _;
 use seatlock::domain::{AskOutcome, LockOutcome, LockRequest, OrderResult, Personal, Quantity, Releaser};
 use seatlock::gateway::{GatewayOptions, Origins};
 use serde_json::{Value, json};
-use tokio::io::AsyncWriteExt as _;
-use tokio::time::{Instant, timeout, timeout_at};
-use tokio_tungstenite::tungstenite::Message;
+use tokio::time::{Instant, timeout};
+use tungstenite::Message;
 
 use crate::support::gateway::{
     Browser, Got, PATIENCE, Raw, Replica, lock, options, redis_ledger, replica, replica_on, token, token_for,
@@ -442,7 +442,7 @@ async fn news_are_written_at_once_to_every_websocket() {
     let (mut before, mut began) = (0, 0);
     for change in 0..8 {
         if change == 4 {
-            // The first news of each WebSocket go by the queue, and the next wait for them.
+            // The first news of a WebSocket may go by the queue, and the next wait for them.
             (before, began) = (told("write"), told("queue"));
         }
         let request = if change % 2 == 0 { "lock-tickets" } else { "unlock-tickets" };
@@ -582,28 +582,6 @@ async fn expiry_is_told() {
     assert_eq!(free, 10);
     let back = watcher.expect("tickets-released-by-other-user").await;
     assert_eq!(back, json!({"eventId": 1, "categoryId": 1, "quantity": 10, "reason": "expired"}));
-}
-
-/// What a session that began on a WebSocket is told is not put into socketioxide's queue, where it could be overlooked: who has
-/// begun a frame, so that the connection cannot be taken over yet, is greeted when it can.
-#[tokio::test(flavor = "multi_thread")]
-async fn a_greeting_waits_for_the_connection_to_be_taken_over() {
-    let replica = replica(options()).await;
-    let mut client = replica.raw("").await;
-    let connect = format!("40/realtime,{}", json!({ "token": token(1) }));
-    let length = u16::try_from(connect.len()).expect("short").to_be_bytes();
-    // Masked with zeros; behind it the first byte of a pong, and later the rest of it.
-    let frames = [&[0x81, 0xfe], &length[..], &[0; 4], connect.as_bytes(), &[0x81]].concat();
-    client.socket.get_mut().write_all(&frames).await.expect("written");
-    // A ping is not answered meanwhile: the answer would be in the midst of that frame.
-    let (end, mut told) = (Instant::now() + Duration::from_millis(300), Vec::new());
-    while let Ok(message) = timeout_at(end, client.socket.next()).await {
-        told.push(message.expect("an open connection").expect("a message").to_string());
-    }
-    told.retain(|text| text != "2");
-    assert!(matches!(told.as_slice(), [one] if one.starts_with("40/realtime,")), "{told:?}");
-    client.socket.get_mut().write_all(b"\x81\0\0\0\x003").await.expect("written");
-    assert_eq!(client.expect("connected").await["userId"], 1);
 }
 
 /// A user who is back within the grace finds the lock; one who is not has lost it, and the room learns why.

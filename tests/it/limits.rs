@@ -7,7 +7,7 @@ use futures_util::{SinkExt as _, StreamExt as _};
 use serde_json::json;
 use tempfile::TempDir;
 use tokio::time::{Instant, sleep, timeout};
-use tokio_tungstenite::tungstenite::Message;
+use tungstenite::Message;
 
 use crate::support::gateway::{Raw, SECRET, token};
 use crate::support::node::Node;

@@ -3,21 +3,18 @@
 #![expect(clippy::wildcard_enum_match_arm, reason = "everything but what is expected fails the test")]
 
 use std::collections::VecDeque;
-use std::future::IntoFuture as _;
 use std::net::SocketAddr;
 use std::process::Stdio;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::extract::connect_info::Connected;
-use axum::extract::{ConnectInfo, Request};
-use axum::middleware::{Next, from_fn};
-use axum::serve::IncomingStream;
 use futures_util::{SinkExt as _, StreamExt as _};
+use seatlock::callers::Addresses;
 use seatlock::domain::{LockRequest, ReplicaId};
 use seatlock::fanout::{Fanout, FanoutOptions};
 use seatlock::gateway::auth::{KeySource, TokenIssuer, TokenVerifier, VerifierOptions};
-use seatlock::gateway::{Gateway, GatewayOptions, Line, LineStream, Tap};
+use seatlock::gateway::{Gateway, GatewayOptions, Line};
+use seatlock::http::serve::{Limits, serve};
 use seatlock::inventory::{Catalogue, Stock, StockOptions};
 use seatlock::ledger::{Ledger, LedgerOptions, MemoryLedger, RedisClock, RedisLedger, RedisOptions, Sweeper};
 use serde_json::{Value, json};
@@ -25,10 +22,10 @@ use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader, Lines};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::process::{Child, ChildStdin, ChildStdout, Command};
 use tokio::time::{Instant, timeout, timeout_at};
-use tokio_tungstenite::tungstenite::Message;
-use tokio_tungstenite::tungstenite::client::IntoClientRequest as _;
 use tokio_tungstenite::{MaybeTlsStream, WebSocketStream};
 use tokio_util::sync::CancellationToken;
+use tungstenite::Message;
+use tungstenite::client::IntoClientRequest as _;
 
 use super::ledger::user;
 
@@ -138,46 +135,9 @@ pub async fn replica_with_tick(ledger: Arc<dyn Ledger>, options: GatewayOptions,
     tokio::spawn(sweeper.run(stop.clone()));
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
     let address = listener.local_addr().expect("bound");
-    let app = gateway.routes().layer(from_fn(note_line));
-    let serve = axum::serve(Door(listener), app.into_make_service_with_connect_info::<Caller>());
-    tokio::spawn(serve.with_graceful_shutdown(stop.clone().cancelled_owned()).into_future());
+    let (routes, addresses) = (gateway.routes(), Addresses::unlimited());
+    tokio::spawn(serve(listener, routes, Line::wrap, Limits::default(), addresses, stop.clone()));
     Replica { gateway, ledger, stock, address, stop }
-}
-
-/// A listener whose connections can be closed from our side.
-struct Door(TcpListener);
-
-#[derive(Clone)]
-struct Caller(Line);
-
-impl axum::serve::Listener for Door {
-    type Io = LineStream<Tap>;
-    type Addr = Line;
-
-    async fn accept(&mut self) -> (Self::Io, Self::Addr) {
-        let (stream, _) = self.0.accept().await.expect("a connection");
-        stream.set_nodelay(true).expect("an open connection");
-        Line::over(stream)
-    }
-
-    fn local_addr(&self) -> std::io::Result<Line> {
-        Err(std::io::ErrorKind::Unsupported.into())
-    }
-}
-
-impl Connected<IncomingStream<'_, Door>> for Caller {
-    fn connect_info(stream: IncomingStream<'_, Door>) -> Self {
-        Self(stream.remote_addr().clone())
-    }
-}
-
-async fn note_line(
-    ConnectInfo(caller): ConnectInfo<Caller>,
-    mut request: Request,
-    next: Next,
-) -> axum::response::Response {
-    request.extensions_mut().insert(caller.0);
-    next.run(request).await
 }
 
 impl Replica {
@@ -195,11 +155,7 @@ impl Replica {
         self.try_raw(query, None).await.expect("a WebSocket")
     }
 
-    pub async fn try_raw(
-        &self,
-        query: &str,
-        origin: Option<&str>,
-    ) -> Result<Raw, tokio_tungstenite::tungstenite::Error> {
+    pub async fn try_raw(&self, query: &str, origin: Option<&str>) -> Result<Raw, tungstenite::Error> {
         Raw::open(self.address, query, origin).await
     }
 
@@ -236,11 +192,7 @@ pub struct Raw {
 
 impl Raw {
     /// An open transport to whoever listens there, not yet in the namespace.
-    pub async fn open(
-        address: SocketAddr,
-        query: &str,
-        origin: Option<&str>,
-    ) -> Result<Self, tokio_tungstenite::tungstenite::Error> {
+    pub async fn open(address: SocketAddr, query: &str, origin: Option<&str>) -> Result<Self, tungstenite::Error> {
         let headers: Vec<_> = origin.map(|origin| ("origin", origin)).into_iter().collect();
         Self::open_with(address, query, &headers).await
     }
@@ -250,7 +202,7 @@ impl Raw {
         address: SocketAddr,
         query: &str,
         headers: &[(&'static str, &str)],
-    ) -> Result<Self, tokio_tungstenite::tungstenite::Error> {
+    ) -> Result<Self, tungstenite::Error> {
         let url = format!("ws://{address}/socket.io/?{query}&EIO=4&transport=websocket");
         let mut request = url.into_client_request().expect("a request");
         for (name, value) in headers {
@@ -261,6 +213,17 @@ impl Raw {
         let open = raw.text().await.expect("an open packet");
         assert!(open.starts_with('0'), "{open}");
         Ok(raw)
+    }
+
+    /// The WebSocket to which a session is to go over that began with polling: it does at a `5`. No poll may be under way.
+    pub async fn probing(address: SocketAddr, sid: &str) -> Self {
+        let url = format!("ws://{address}/socket.io/?sid={sid}&EIO=4&transport=websocket");
+        let request = url.into_client_request().expect("a request");
+        let connected = timeout(PATIENCE, tokio_tungstenite::connect_async(request)).await.expect("in time");
+        let mut raw = Self { socket: connected.expect("a WebSocket").0, asked: 0, greeting: Value::Null };
+        raw.send("2probe").await;
+        assert_eq!(raw.text().await.as_deref(), Some("3probe"));
+        raw
     }
 
     /// Connected and greeted by whoever listens there.
