@@ -250,8 +250,9 @@ impl Run {
             if lane == 0 {
                 self.everybody_sees("the room after it", Some(fault)).await?;
                 self.crowd.check().await;
+                sleep(fault.rest()).await;
             } else {
-                sleep(Duration::from_millis(500)).await;
+                sleep(fault.rest().max(Duration::from_millis(500))).await;
             }
         }
         Ok(())
@@ -266,7 +267,8 @@ impl Run {
                 break counts;
             }
             if healed.elapsed() > Duration::from_secs(20) {
-                return Err(format!("{what}: the ledger cannot be read"));
+                let why = self.stage.unreadable().await;
+                return Err(format!("{what}: the ledger cannot be read: {why}"));
             }
             sleep(Duration::from_millis(100)).await;
         };

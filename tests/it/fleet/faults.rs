@@ -130,6 +130,9 @@ pub fn lanes(mut pick: impl FnMut(usize) -> usize) -> [Vec<Fault>; 3] {
 /// notice it, and the grace, less a margin.
 const OUT_OF_TOUCH: u64 = 12;
 
+/// A replica that Redis does not hear of for so many seconds is given up.
+const LEASE: u64 = 5;
+
 /// From the end of a fault until requests on a road surely have their usual times again.
 const RECOVERY: Duration = Duration::from_secs(4);
 /// The same for the broker: two missed heartbeats of two seconds each, and the longest pause between attempts.
@@ -137,6 +140,20 @@ const BROKER_RECOVERY: Duration = Duration::from_secs(10);
 
 async fn seconds(count: u64) {
     sleep(Duration::from_secs(count)).await;
+}
+
+impl Fault {
+    /// How long nothing of its kind breaks after it. A replica that was given up enters its sessions again, and an
+    /// events-service is asked: when it breaks once more before that, it was broken all the time, for longer than the rules
+    /// here know of.
+    pub const fn rest(&self) -> Duration {
+        let gives_up = matches!(self, Self::Redis(_, Some(_), time) | Self::RedisStop(time) | Self::Stop(_, time) if *time >= LEASE);
+        if gives_up || matches!(self, Self::ShopKill(_) | Self::Shop(..)) {
+            Duration::from_secs(3)
+        } else {
+            Duration::ZERO
+        }
+    }
 }
 
 pub struct Breaker {

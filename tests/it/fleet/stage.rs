@@ -180,6 +180,21 @@ impl Stage {
         Some(latest)
     }
 
+    /// Why the ledger cannot be read: what each replica says, and what Redis has logged.
+    pub async fn unreadable(&self) -> String {
+        let mut said = Vec::new();
+        for post in &self.posts {
+            let url = format!("http://127.0.0.1:{}/events/{}/availability", post.port, super::EVENT);
+            let answer = match self.http.get(url).send().await {
+                Ok(answer) => format!("{}: {}", answer.status(), answer.text().await.unwrap_or_default()),
+                Err(error) => error.to_string(),
+            };
+            said.push(format!("{} says {answer}", post.name));
+        }
+        said.push(self.redis.lock().await.log());
+        said.join("\n")
+    }
+
     /// `kill -9` of a replica.
     pub async fn kill(&self, post: &Post) {
         self.end(post, "KILL").await;
