@@ -63,7 +63,6 @@ end
 if first then
   redis.call('HSET', KEYS[1], 'warned_ms', int(warned))
   keep(KEYS[1])
-  keep(KEYS[2])
 end
 local late = redis.call('ZCOUNT', KEYS[4], '-inf', int(now))
 local refresh = (late > 0 or redis.call('EXISTS', KEYS[5]) == 1) and 1 or 0
