@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::convert::Infallible;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,11 +11,12 @@ use http_body_util::StreamBody;
 use hyper::body::Frame;
 use reqwest::{Body, Client, StatusCode};
 use serde_json::{Value, json};
-use tokio::io::AsyncWriteExt as _;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{TcpListener, TcpStream};
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::{Instant, sleep, timeout};
 
-use crate::support::gateway::{Got, PATIENCE, Raw, Replica, options, replica, token};
+use crate::support::gateway::{Browser, Got, PATIENCE, Raw, Replica, lock, options, replica, token};
 
 /// A client that polls, by hand: between two polls what it is told waits.
 struct Poller {
@@ -251,4 +253,76 @@ async fn a_poll_that_breaks_off_is_the_end_of_its_session() {
     watcher.expect("tickets-released-by-other-user").await;
     assert!(start.elapsed() < Duration::from_secs(3), "{:?}", start.elapsed());
     assert_eq!(replica.gateway.counts().1, 1, "the watcher");
+}
+
+/// What a proxy does to a WebSocket.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Proxy {
+    /// It lets one begin, and ends it.
+    Breaks,
+    /// It lets one begin, and nothing through.
+    Swallows,
+}
+
+impl Proxy {
+    /// Its address.
+    async fn before(self, server: SocketAddr) -> SocketAddr {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let address = listener.local_addr().expect("bound");
+        tokio::spawn(async move {
+            while let Ok((client, _)) = listener.accept().await {
+                tokio::spawn(self.pass(client, server));
+            }
+        });
+        address
+    }
+
+    /// One connection: requests and their answers, until one is answered with a WebSocket.
+    async fn pass(self, mut client: TcpStream, server: SocketAddr) {
+        let mut server = TcpStream::connect(server).await.expect("it listens");
+        let (mut up, mut down) = ([0; 4096], [0; 4096]);
+        loop {
+            tokio::select! {
+                read = client.read(&mut up) => match read {
+                    Ok(len) if len > 0 => server.write_all(&up[..len]).await.expect("written"),
+                    _ => return,
+                },
+                read = server.read(&mut down) => match read {
+                    Ok(len) if len > 0 => {
+                        client.write_all(&down[..len]).await.expect("written");
+                        if down.starts_with(b"HTTP/1.1 101") {
+                            break;
+                        }
+                    }
+                    _ => return,
+                },
+            }
+        }
+        if self == Self::Swallows {
+            // Until one of both has enough of it.
+            let [mut up, mut down] = [tokio::io::sink(), tokio::io::sink()];
+            tokio::select! {
+                _ = tokio::io::copy(&mut client, &mut up) => {}
+                _ = tokio::io::copy(&mut server, &mut down) => {}
+            }
+        }
+    }
+}
+
+/// The real client, as it is by default, keeps its session and its socket behind proxies that break each WebSocket.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_real_client_stays_with_polling_behind_a_proxy_that_breaks_websockets() {
+    let replica = replica(options()).await;
+    let seen = async |proxy: Proxy, user: u64| {
+        let url = format!("http://{}", proxy.before(replica.address).await);
+        let mut browser = Browser::open_at(&url, &json!({ "auth": { "token": token(user) } })).await;
+        browser.event("connected").await;
+        // Longer than a WebSocket may take that is tried.
+        sleep(Duration::from_secs(12)).await;
+        assert_eq!(browser.transport().await, "polling", "{proxy:?}");
+        let granted = browser.ask("lock-tickets", &lock(1, 2, 1)).await;
+        assert_eq!(granted["success"], true, "{proxy:?}: {granted}");
+        assert!(!browser.had("disconnect"), "{proxy:?}");
+    };
+    tokio::join!(seen(Proxy::Breaks, 1), seen(Proxy::Swallows, 2));
 }

@@ -363,6 +363,11 @@ pub struct Browser {
 impl Browser {
     /// A client that connects with these options.
     pub async fn open(replica: &Replica, options: &Value) -> Self {
+        Self::open_at(&replica.url(), options).await
+    }
+
+    /// The same by way of whoever is at this address.
+    pub async fn open_at(url: &str, options: &Value) -> Self {
         let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/it/gateway");
         let installed = std::path::Path::new(folder).join("node_modules/socket.io-client/package.json");
         assert!(installed.exists(), "socket.io-client is missing: run `npm ci` in tests/it/gateway (tests/run does)");
@@ -377,7 +382,7 @@ impl Browser {
         let input = child.stdin.take().expect("piped");
         let output = BufReader::new(child.stdout.take().expect("piped")).lines();
         let mut browser = Self { _child: child, input, output, seen: VecDeque::new() };
-        browser.order(&json!({ "do": "connect", "url": replica.url(), "options": options })).await;
+        browser.order(&json!({ "do": "connect", "url": url, "options": options })).await;
         browser
     }
 
@@ -412,6 +417,11 @@ impl Browser {
     /// The first report that has this field.
     pub async fn report(&mut self, field: &str) -> Value {
         self.find(field, |report| report.get(field).is_some()).await
+    }
+
+    /// Whether it has reported such a field before what was asked for last.
+    pub fn had(&self, field: &str) -> bool {
+        self.seen.iter().any(|report| report.get(field).is_some())
     }
 
     /// The data of the first message of this name.
