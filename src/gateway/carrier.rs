@@ -18,7 +18,7 @@ use std::time::Duration;
 
 use axum::body::{Body, to_bytes};
 use axum::extract::Request;
-use axum::http::{StatusCode, Uri};
+use axum::http::{Method, StatusCode, Uri};
 use axum::response::Response;
 use futures_util::FutureExt as _;
 use hyper::upgrade::OnUpgrade;
@@ -32,7 +32,7 @@ use tungstenite::handshake::server::create_response_with_body;
 use super::attend;
 use super::compact::compact;
 use super::frame::{Frames, Received};
-use super::handshake::bad_request;
+use super::handshake::{CLOSE, bad_request};
 use super::line::{Alive, Line, LineStream};
 use super::pipe::{Marked, Pipe, Urgency};
 use super::session::Session;
@@ -46,9 +46,6 @@ const NUDGE: Duration = Duration::from_millis(100);
 
 /// For what a client sends before its connection is taken over: mostly one packet.
 const READ_BYTES: usize = 4 * 1024;
-
-/// The packet with which a client closes its transport.
-const CLOSE: &str = "1";
 
 /// Between two packets of a poll.
 const SEPARATOR: char = '\u{1e}';
@@ -106,15 +103,22 @@ async fn text(response: Response) -> String {
 }
 
 impl Shared {
-    /// Hands socketioxide packets as a client would that polls. Some bytes that are no packets end the session.
-    async fn post(&self, sid: &str, packets: String) -> Response {
-        let request = Request::post(format!("/socket.io/?EIO=4&transport=polling&sid={sid}"))
+    /// Asks socketioxide as a client would that polls.
+    async fn ask(&self, method: Method, sid: &str, packets: String) -> Response {
+        let request = Request::builder()
+            .method(method)
+            .uri(format!("/socket.io/?EIO=4&transport=polling&sid={sid}"))
             .header("content-type", "text/plain;charset=UTF-8")
             .body(Body::from(packets));
         match request {
             Ok(request) => (self.transport)(request).await,
             Err(_) => bad_request(),
         }
+    }
+
+    /// Hands on packets of a session's client. Some bytes that are no packets end the session.
+    async fn post(&self, sid: &str, packets: String) -> Response {
+        self.ask(Method::POST, sid, packets).await
     }
 
     /// Ends a session that socketioxide has, as its client would.
@@ -124,9 +128,7 @@ impl Shared {
 
     /// What waits for the session's client, or the first that comes. `None` when the session is over.
     async fn poll(&self, sid: &str) -> Option<String> {
-        let request =
-            Request::get(format!("/socket.io/?EIO=4&transport=polling&sid={sid}")).body(Body::empty()).ok()?;
-        let response = (self.transport)(request).await;
+        let response = self.ask(Method::GET, sid, String::new()).await;
         if response.status() != StatusCode::OK {
             return None;
         }
@@ -210,7 +212,7 @@ impl Carrier {
         let texts = Vec::new().into_iter();
         let mut wire = Wire { pipe, reader, frames: Frames::default(), texts, is_over: false, writing: false };
         let pongs = wire.take(&mut Vec::from(parts.read_buf));
-        self.write(&mut wire, &pongs).await.ok();
+        self.write(&mut wire, &pongs).await.ok()?;
         Some((wire, alive))
     }
 

@@ -26,7 +26,7 @@ use crate::domain::UserId;
 use crate::{metrics, telemetry};
 
 /// Engine.IO packets: the transport is closed; nothing, so that a poll ends.
-const CLOSE: &str = "1";
+pub(super) const CLOSE: &str = "1";
 const NOOP: &str = "6";
 
 /// Which pages may use the service from a browser.

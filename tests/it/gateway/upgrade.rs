@@ -13,6 +13,7 @@ use reqwest::{Body, Client, StatusCode};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::mpsc;
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::{Instant, sleep, timeout};
 
@@ -265,27 +266,34 @@ enum Proxy {
 }
 
 impl Proxy {
-    /// Its address.
-    async fn before(self, server: SocketAddr) -> SocketAddr {
+    /// Its address, and what says each time that a WebSocket is over.
+    async fn before(self, server: SocketAddr) -> (SocketAddr, mpsc::UnboundedReceiver<()>) {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let address = listener.local_addr().expect("bound");
+        let (over, ends) = mpsc::unbounded_channel();
         tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
-                tokio::spawn(self.pass(client, server));
+                let over = over.clone();
+                tokio::spawn(async move {
+                    if self.pass(client, server).await {
+                        // The test may have seen enough.
+                        over.send(()).ok();
+                    }
+                });
             }
         });
-        address
+        (address, ends)
     }
 
-    /// One connection: requests and their answers, until one is answered with a WebSocket.
-    async fn pass(self, mut client: TcpStream, server: SocketAddr) {
+    /// One connection: requests and their answers, until one is answered with a WebSocket; whether one was.
+    async fn pass(self, mut client: TcpStream, server: SocketAddr) -> bool {
         let mut server = TcpStream::connect(server).await.expect("it listens");
         let (mut up, mut down) = ([0; 4096], [0; 4096]);
         loop {
             tokio::select! {
                 read = client.read(&mut up) => match read {
                     Ok(len) if len > 0 => server.write_all(&up[..len]).await.expect("written"),
-                    _ => return,
+                    _ => return false,
                 },
                 read = server.read(&mut down) => match read {
                     Ok(len) if len > 0 => {
@@ -294,7 +302,7 @@ impl Proxy {
                             break;
                         }
                     }
-                    _ => return,
+                    _ => return false,
                 },
             }
         }
@@ -306,6 +314,7 @@ impl Proxy {
                 _ = tokio::io::copy(&mut server, &mut down) => {}
             }
         }
+        true
     }
 }
 
@@ -314,11 +323,12 @@ impl Proxy {
 async fn the_real_client_stays_with_polling_behind_a_proxy_that_breaks_websockets() {
     let replica = replica(options()).await;
     let seen = async |proxy: Proxy, user: u64| {
-        let url = format!("http://{}", proxy.before(replica.address).await);
-        let mut browser = Browser::open_at(&url, &json!({ "auth": { "token": token(user) } })).await;
+        let (address, mut ends) = proxy.before(replica.address).await;
+        let options = json!({ "auth": { "token": token(user) } });
+        let mut browser = Browser::open_at(&format!("http://{address}"), &options).await;
         browser.event("connected").await;
-        // Longer than a WebSocket may take that is tried.
-        sleep(Duration::from_secs(12)).await;
+        // The service gives a WebSocket up over which nothing comes.
+        timeout(PATIENCE * 2, ends.recv()).await.expect("in time").expect("one was tried");
         assert_eq!(browser.transport().await, "polling", "{proxy:?}");
         let granted = browser.ask("lock-tickets", &lock(1, 2, 1)).await;
         assert_eq!(granted["success"], true, "{proxy:?}: {granted}");
